@@ -1,0 +1,1 @@
+"""Scripts that measure, each runnable by itself."""
