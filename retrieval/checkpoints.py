@@ -1,0 +1,210 @@
+"""Reading and writing models.
+
+`load_model` understands three formats: our own (a folder with `config.json`, `model.safetensors` and
+`tokenizer.json`), a transformers `Blip2ForImageTextRetrieval` (a folder or a hub name), and a LAVIS
+stage-1 `.pth`. Whatever the format, loading is strict: a missing or unexpected key, or a tensor of
+another shape, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .errors import CheckpointError
+from .model import RetrievalModel
+from .preprocess import TextTransform
+
+DEFAULT_MODEL = "mini"
+EMBEDDED = Path(__file__).parent / "models"
+SHORT_NAMES = {
+    "blip2-itm-vit-g": "Salesforce/blip2-itm-vit-g",
+    "blip2-itm-vit-g-coco": "Salesforce/blip2-itm-vit-g-coco",
+}
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto"
+) -> RetrievalModel:
+    """Load a model for inference.
+
+    Args:
+        name_or_path: "mini" (embedded), a hub name or its short name, a checkpoint folder, or a
+            LAVIS `.pth` file.
+        device: "auto" takes a GPU where there is one; otherwise what torch understands.
+        dtype: "float32", "float16", "bfloat16"; "auto" is float16 on CUDA and float32 elsewhere.
+
+    Raises:
+        CheckpointError: nothing is there, or what is there does not fit; the message names it.
+    """
+    target = _device(device)
+    number_type = _dtype(dtype, target)
+    return _load(str(name_or_path)).to(target, number_type).eval()
+
+
+def _load(name: str) -> RetrievalModel:
+    path = EMBEDDED / name if name == DEFAULT_MODEL else Path(name)
+    if path.suffix == ".pth":
+        from .lavis import load_lavis
+
+        return load_lavis(path)
+    if (path / "model.safetensors").exists() and is_own_format(path):
+        return _load_own(path)
+    from .hub import load_hub
+
+    if path.is_dir():
+        return load_hub(str(path))
+    if name in SHORT_NAMES or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
+        return load_hub(SHORT_NAMES.get(name, name))
+    known = ", ".join([DEFAULT_MODEL, *SHORT_NAMES])
+    raise CheckpointError(
+        f"no model {name!r}: it is neither a folder, a .pth file, nor one of {known}"
+    )
+
+
+def is_own_format(path: Path) -> bool:
+    """Tell our `config.json` from transformers' (which names an architecture)."""
+    config = _read_json(path / "config.json")
+    return "qformer" in config and "architectures" not in config
+
+
+def _load_own(path: Path) -> RetrievalModel:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = ModelConfig.from_dict(_read_json(path / "config.json"))
+        tensors = load_file(path / "model.safetensors")
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    model = RetrievalModel(config, load_tokenizer(path, config))
+    load_tensors(model, tensors, str(path))
+    return model
+
+
+def save_model(
+    model: RetrievalModel, path: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> None:
+    """Write a model in our format; a reader sees the old files or the new ones, never half of one.
+
+    Args:
+        model: the model.
+        path: the folder, made if need be.
+        dtype: store matrices in this type (float16 halves the file); None keeps them as they are.
+            Biases, norms and statistics keep full precision either way.
+    """
+    from safetensors.torch import save
+
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().to("cpu", dtype if dtype and tensor.ndim >= 2 else None).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    tokenizer = model.text_transform.tokenizer.to_str()
+    config = json.dumps(model.config.to_dict(), indent=2) + "\n"
+    _write_atomically(folder / "model.safetensors", save(tensors))
+    _write_atomically(folder / "tokenizer.json", tokenizer.encode())
+    _write_atomically(folder / "config.json", config.encode())
+
+
+def load_tensors(
+    model: RetrievalModel,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Fill a model with tensors that bear its own names, strictly.
+
+    Args:
+        model: filled in place, and its fingerprint refreshed.
+        tensors: by the names of `model.state_dict()`; cast to the model's dtype.
+        source: what to call the checkpoint in an error.
+        optional: prefixes of names that may be missing.
+
+    Raises:
+        CheckpointError: a key is missing or unexpected, or a shape differs.
+    """
+    expected = model.state_dict()
+    missing = [k for k in expected if k not in tensors and not k.startswith(optional or ("\0",))]
+    unexpected = [key for key in tensors if key not in expected]
+    shapes = [
+        f"{key} is {tuple(tensors[key].shape)}, not {tuple(expected[key].shape)}"
+        for key in tensors
+        if key in expected and tensors[key].shape != expected[key].shape
+    ]
+    for complaint, keys in (("lacks", missing), ("has unexpected", unexpected), ("shapes", shapes)):
+        if keys:
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            raise CheckpointError(f"{source} does not fit: {complaint} {', '.join(keys[:5])}{more}")
+    model.load_state_dict(dict(tensors), strict=False)
+    model.refresh_fingerprint()
+
+
+def load_tokenizer(path: Path, config: ModelConfig) -> TextTransform:
+    """Read `tokenizer.json` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing or broken.
+    """
+    file = path / "tokenizer.json"
+    if not file.exists():
+        raise CheckpointError(f"{path} has no tokenizer.json")
+    try:
+        return TextTransform.from_file(file, config.preprocess)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, object]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return data
+
+
+def _write_atomically(file: Path, data: bytes) -> None:
+    descriptor, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, file)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"device {device!r} cannot be used: {reason}") from error
+    return chosen
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise CheckpointError(f"unknown dtype {dtype!r}: choose from auto, {', '.join(known)}")
+    return known[dtype]

@@ -1,0 +1,25 @@
+"""Errors of the model half of the project.
+
+The root of the tree is `indexes.errors.Blip2SearchError`:
+
+Blip2SearchError
+├── ImageReadError       a file that is no readable image
+├── CheckpointError      a checkpoint that is missing, incomplete or of another shape
+└── DatasetError         a caption file that cannot be used
+"""
+
+from __future__ import annotations
+
+from ..indexes.errors import Blip2SearchError
+
+
+class ImageReadError(Blip2SearchError):
+    """The image cannot be decoded; the message says why."""
+
+
+class CheckpointError(Blip2SearchError):
+    """The checkpoint cannot be loaded; the message names the key, shape or file at fault."""
+
+
+class DatasetError(Blip2SearchError):
+    """The caption file or a photograph that it names cannot be used."""

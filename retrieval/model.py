@@ -1,0 +1,227 @@
+"""BLIP-2's retrieval model: image encoder, Q-Former, and the ITC, ITM and language-model heads.
+
+The upper half of `RetrievalModel` is what programs use: images and captions in, numpy out. The lower
+half is what the losses use: tensors in, tensors out, with gradients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .encoders import build_encoder
+from .masks import bi_directional_mask, multimodal_causal_mask, uni_modal_mask
+from .preprocess import ImageLike, ImageTransform, TextBatch, TextTransform
+from .qformer import KeyValue, LanguageModelHead, QFormer
+
+Precision = Literal["fp32", "bf16"]
+INITIAL_TEMPERATURE = 0.07
+MATCH = 1  # the column of the ITM head that says "this pair matches"
+
+
+class QueryPass(NamedTuple):
+    """The query half of the Q-Former over a batch of images."""
+
+    image_features: Tensor  # (N, Q, E), normalised
+    keys_values: tuple[KeyValue, ...]  # for the ITG pass
+
+
+class RetrievalModel(nn.Module):
+    """BLIP-2 stage 1 (arXiv 2301.12597, section 3.1)."""
+
+    fingerprint: str  # set by `refresh_fingerprint`
+
+    def __init__(self, config: ModelConfig, text_transform: TextTransform) -> None:
+        """Build with random weights; `checkpoints.load_model` fills them."""
+        super().__init__()
+        self.config = config
+        size, qformer = config.qformer.image_token_size, config.qformer
+        self.image_encoder = build_encoder(config.encoder)
+        self.ln_vision = nn.LayerNorm(size, eps=config.ln_vision_eps)
+        self.image_positions = (
+            nn.Parameter(0.02 * torch.randn(config.image_positions, size))
+            if config.image_positions
+            else None
+        )
+        self.qformer = QFormer(qformer)
+        self.vision_proj = nn.Linear(qformer.hidden_size, config.embedding_size)
+        self.text_proj = nn.Linear(qformer.hidden_size, config.embedding_size)
+        self.itm_head = nn.Linear(qformer.hidden_size, 2)
+        self.lm_head = LanguageModelHead(qformer) if config.lm_head else None
+        self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
+        self.image_transform = ImageTransform(config.preprocess)
+        self.text_transform = text_transform
+        self.refresh_fingerprint()
+
+    # ---- for programs: images and captions in, numpy out -------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.ln_vision.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type of number."""
+        return self.ln_vision.weight.dtype
+
+    @torch.inference_mode()
+    def encode_images(
+        self, images: Sequence[ImageLike], batch_size: int = 32
+    ) -> np.ndarray[tuple[int, int, int], np.dtype[np.float32]]:
+        """Return the ITC features of images: (N, Q, E), float32, each vector of length 1.
+
+        Args:
+            images: paths or PIL images.
+            batch_size: images a pass.
+
+        Raises:
+            ImageReadError: an image cannot be decoded.
+        """
+        batches = [
+            self.query_pass(tokens).image_features.float().cpu().numpy()
+            for tokens in self._token_batches(images, batch_size)
+        ]
+        empty = np.empty(
+            (0, self.config.qformer.num_queries, self.config.embedding_size), np.float32
+        )
+        return np.concatenate(batches) if batches else empty
+
+    @torch.inference_mode()
+    def encode_texts(
+        self, texts: Sequence[str], batch_size: int = 256
+    ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+        """Return the ITC features of captions: (B, E), float32, each vector of length 1."""
+        batches = [
+            self.text_features(self.tokenize(texts[i : i + batch_size])).float().cpu().numpy()
+            for i in range(0, len(texts), batch_size)
+        ]
+        empty = np.empty((0, self.config.embedding_size), np.float32)
+        return np.concatenate(batches) if batches else empty
+
+    @torch.inference_mode()
+    def image_tokens(self, images: Sequence[ImageLike], batch_size: int = 32) -> Tensor:
+        """Return what the Q-Former sees of images, for `match`: (N, P, D) on the model's device.
+
+        Raises:
+            ImageReadError: an image cannot be decoded.
+            ValueError: no image was given.
+        """
+        if not images:
+            raise ValueError("image_tokens needs at least one image")
+        return torch.cat(list(self._token_batches(images, batch_size)))
+
+    @torch.inference_mode()
+    def match(
+        self, image_tokens: Tensor, texts: Sequence[str], batch_size: int = 64
+    ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        """Return the ITM logit "these match" of pairs: (N,), float32; raw, no softmax.
+
+        Args:
+            image_tokens: (N, P, D), of `image_tokens`.
+            texts: N captions; the i-th is scored against the i-th image.
+            batch_size: pairs a pass.
+
+        Raises:
+            ValueError: the two are not equally many.
+        """
+        if len(image_tokens) != len(texts):
+            raise ValueError(f"{len(image_tokens)} images cannot pair with {len(texts)} texts")
+        scores = []
+        for i in range(0, len(texts), batch_size):
+            tokens = image_tokens[i : i + batch_size].to(self.device, self.dtype)
+            logits = self.match_logits(tokens, self.tokenize(texts[i : i + batch_size]))
+            scores.append(logits[:, MATCH].float().cpu().numpy())
+        return np.concatenate(scores) if scores else np.empty(0, np.float32)
+
+    def refresh_fingerprint(self) -> None:
+        """Recompute `fingerprint`, 16 hex digits that tell this model's features from another's.
+
+        It covers the configuration and a sample of every tensor in full precision, so it is the
+        same on every device and in every dtype that the model is cast to afterwards.
+        """
+        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=8)
+        for name, tensor in sorted(self.state_dict().items()):
+            flat = tensor.detach().flatten()
+            step = max(1, flat.numel() // 256)
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(flat[::step].float().cpu().numpy().tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def tokenize(self, texts: Sequence[str]) -> TextBatch:
+        """Clean and tokenise captions onto the model's device."""
+        return self.text_transform(texts).to(self.device)
+
+    def _token_batches(self, images: Sequence[ImageLike], batch_size: int) -> Iterable[Tensor]:
+        for i in range(0, len(images), batch_size):
+            pixels = [self.image_transform(image) for image in images[i : i + batch_size]]
+            yield self.tokens_from_pixels(torch.stack(pixels))
+
+    # ---- for the losses: tensors in, tensors out ----------------------------------------------
+
+    def tokens_from_pixels(self, pixels: Tensor) -> Tensor:
+        """Encode pixels (N, 3, S, S) to image tokens (N, P, D)."""
+        return self.normalise_tokens(self.image_encoder(pixels.to(self.device, self.dtype)))
+
+    def normalise_tokens(self, encoder_tokens: Tensor) -> Tensor:
+        """Apply `ln_vision`, and positions where the encoder has none, to (N, P, D)."""
+        tokens: Tensor = self.ln_vision(encoder_tokens)
+        return tokens if self.image_positions is None else tokens + self.image_positions
+
+    def query_pass(self, image_tokens: Tensor) -> QueryPass:
+        """Run the query half over (N, P, D): ITC image features (N, Q, E) and what ITG reuses."""
+        out = self.qformer(image_tokens=image_tokens)
+        return QueryPass(_normalise(self.vision_proj(out.queries)), out.query_keys_values)
+
+    def text_features(self, text: TextBatch) -> Tensor:
+        """Return ITC text features (B, E), from the text's [CLS], seeing nothing but the text."""
+        out = self.qformer(token_ids=text.token_ids, mask=uni_modal_mask(0, text.mask))
+        return _normalise(self.text_proj(out.text[:, 0]))
+
+    def match_logits(self, image_tokens: Tensor, text: TextBatch) -> Tensor:
+        """Return ITM logits (B, 2), averaged over the queries, of pairs (B, P, D) and text."""
+        mask = bi_directional_mask(self.config.qformer.num_queries, text.mask)
+        out = self.qformer(image_tokens=image_tokens, token_ids=text.token_ids, mask=mask)
+        logits: Tensor = self.itm_head(out.queries)
+        return logits.mean(dim=1)
+
+    def caption_hidden(self, text: TextBatch, keys_values: Sequence[KeyValue]) -> Tensor:
+        """Return the ITG text states (B, T, H) that `lm_head` turns into next-token logits.
+
+        Args:
+            text: captions whose first token is [DEC].
+            keys_values: of `query_pass` over the same images; the causal mask lets no text reach
+                the queries, so that the pass made for ITC serves here too.
+        """
+        num_queries = self.config.qformer.num_queries
+        mask = multimodal_causal_mask(num_queries, text.mask)[:, :, num_queries:]
+        out = self.qformer(token_ids=text.token_ids, mask=mask, past=keys_values)
+        hidden: Tensor = out.text
+        return hidden
+
+
+def max_over_queries(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Return ITC similarities (N, B) of (N, Q, E) and (B, E): the best query of each image.
+
+    Not divided by the temperature (BLIP-2, section 3.1).
+    """
+    return torch.einsum("nqe,be->nbq", image_features, text_features).amax(dim=-1)
+
+
+def autocast(model: RetrievalModel, precision: Precision) -> AbstractContextManager[object]:
+    """Return the context in which the model computes in this precision."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(model.device.type, dtype=torch.bfloat16)
+
+
+def _normalise(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1)

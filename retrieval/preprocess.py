@@ -1,0 +1,141 @@
+"""From files and captions to pixels and tokens, as BLIP-2 was evaluated (LAVIS's processors).
+
+Images: EXIF orientation applied, first frame, RGB, squashed to a square with bicubic interpolation and
+no crop, then mean and std of the checkpoint. Captions: lower-cased, punctuation blanked, 50 words.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from .config import PreprocessConfig
+from .errors import ImageReadError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ImageLike = str | os.PathLike[str] | Image.Image
+
+_BLANKED = re.compile(r"[.!\"()*#:;~]")
+_SPACES = re.compile(r"\s{2,}")
+
+
+def load_image(image: ImageLike | BinaryIO) -> Image.Image:
+    """Return an upright RGB image, decoded in full.
+
+    Raises:
+        ImageReadError: the file is missing, no image, truncated, or too large to be decoded safely.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return _upright_rgb(image)
+        with Image.open(image) as opened:
+            return _upright_rgb(opened)
+    except UnidentifiedImageError as error:
+        raise ImageReadError("not an image in a format that Pillow reads") from error
+    except Image.DecompressionBombError as error:
+        raise ImageReadError("too many pixels to be decoded safely") from error
+    # Pillow's decoders raise what they find: SyntaxError for a broken PNG, struct.error for a TIFF.
+    except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageReadError(reason) from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        # On white, as a viewer shows it; the colour behind transparent pixels is arbitrary.
+        rgba = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    elif upright.mode.startswith("I;16"):
+        # convert("RGB") clips 16-bit grey at 255; scale it instead.
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    return upright.convert("RGB")
+
+
+class ImageTransform:
+    """Squash and normalise."""
+
+    def __init__(self, config: PreprocessConfig) -> None:
+        """Take size, mean and std from the checkpoint's configuration."""
+        self.size = (config.image_size, config.image_size)
+        self.mean = torch.tensor(config.mean).view(3, 1, 1)
+        self.std = torch.tensor(config.std).view(3, 1, 1)
+
+    def __call__(self, image: ImageLike) -> Tensor:
+        """Return pixels (3, S, S), float32.
+
+        Raises:
+            ImageReadError: see `load_image`.
+        """
+        return self.to_pixels(load_image(image).resize(self.size, Image.Resampling.BICUBIC))
+
+    def to_pixels(self, image: Image.Image) -> Tensor:
+        """Normalise an RGB image that already has the right size: (3, S, S), float32."""
+        array = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return (array.float() / 255 - self.mean) / self.std
+
+
+def clean_caption(caption: str, max_words: int = 50) -> str:
+    """Clean a caption the way BLIP-2's evaluation does.
+
+    >>> clean_caption('A "red" bus.  Parked: downtown!')
+    'a red bus parked downtown'
+    """
+    caption = _BLANKED.sub(" ", caption.lower())
+    caption = _SPACES.sub(" ", caption).strip()
+    return " ".join(caption.split(" ")[:max_words])
+
+
+@dataclass(frozen=True, eq=False)
+class TextBatch:
+    """Tokenised captions, padded to the longest of the batch."""
+
+    token_ids: Tensor  # (B, T), int64
+    mask: Tensor  # (B, T), bool, True where there is a token
+
+    def to(self, device: torch.device) -> TextBatch:
+        """Return the batch on another device."""
+        return TextBatch(self.token_ids.to(device), self.mask.to(device))
+
+    def select(self, rows: Tensor) -> TextBatch:
+        """Return some of the captions; `rows` (B',) are their numbers."""
+        return TextBatch(self.token_ids[rows], self.mask[rows])
+
+
+class TextTransform:
+    """Clean and tokenise captions with the checkpoint's own tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, config: PreprocessConfig) -> None:
+        """Take over a `tokenizers.Tokenizer`; its padding and truncation are set here."""
+        self.tokenizer = tokenizer
+        self.max_words = config.max_words
+        pad_id = tokenizer.token_to_id("[PAD]")
+        tokenizer.enable_padding(pad_id=pad_id or 0, pad_token="[PAD]")
+        tokenizer.enable_truncation(config.max_text_tokens)
+
+    @classmethod
+    def from_file(cls, path: Path, config: PreprocessConfig) -> TextTransform:
+        """Read a `tokenizer.json`."""
+        from tokenizers import Tokenizer
+
+        return cls(Tokenizer.from_file(str(path)), config)
+
+    def __call__(self, captions: Sequence[str]) -> TextBatch:
+        """Return the token ids and mask of the captions; [CLS] stands first, [SEP] last."""
+        cleaned = [clean_caption(caption, self.max_words) for caption in captions]
+        encodings = self.tokenizer.encode_batch_fast(cleaned)
+        ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
+        mask = np.array([encoding.attention_mask for encoding in encodings], dtype=bool)
+        return TextBatch(torch.from_numpy(ids), torch.from_numpy(mask))
