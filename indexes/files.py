@@ -1,0 +1,53 @@
+"""Files that survive a kill: hashing, atomic replacement, and waiting for the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+HASH_BYTES = 16
+_CHUNK = 1 << 20
+TEMPORARY = ".tmp"  # the end of the name of a file that a kill may leave behind
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """The BLAKE2b-128 of a file's bytes, as 32 hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Gives a file new content at one instant.
+
+    Whoever reads it, even after a power cut, finds the old content or the new.
+
+    Raises:
+        OSError: it cannot be written; the old content stays.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    with open(temporary, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until a folder's entries are on the disk."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,217 @@
+"""Segments: Parquet files of some images each, which are never written again.
+
+The features are one fixed-size binary value an image: Q * E little-endian float16 numbers, as the
+column's metadata says. Measured against a list of float16 (8,000 images of 32 x 256, one thread):
+read in 0.02 s instead of 0.12 s, written in 0.15 s instead of 0.7 to 0.9 s. Any Parquet reader
+takes them with
+
+    numpy.frombuffer(value, "<f2").reshape(num_vectors, dim)
+
+The column is the last one and lies in one piece, so the checksum of the records does not need the
+features' bytes.
+
+N images, Q vectors an image, E numbers a vector.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
+import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
+
+from .manifest import Manifest, Segment
+
+FEATURES = "features"
+SUFFIX = ".parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord:
+    """What is known of an image beside its features.
+
+    Raises:
+        ValueError: the path is not absolute, the size negative, or width or height below 1.
+    """
+
+    path: str  # absolute, as os.fsdecode gives it: any name a file can have
+    size: int  # bytes
+    mtime_ns: int
+    content_hash: str  # `hash_file`
+    width: int  # pixels
+    height: int
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        if not os.path.isabs(self.path):
+            raise ValueError(f"The path of an image must be absolute: {self.path!r}.")
+        if self.size < 0 or self.width < 1 or self.height < 1:
+            raise ValueError(f"An image has a size, a width and a height: {self!r}.")
+
+
+def make_table(
+    manifest: Manifest, first_id: int, records: Sequence[ImageRecord], features: npt.NDArray[Any]
+) -> pa.Table:
+    """The rows of a segment: records and their features (N, Q, E), with ids from `first_id` on."""
+    columns = [
+        range(first_id, first_id + len(records)),
+        [os.fsencode(record.path) for record in records],
+        [record.size for record in records],
+        [record.mtime_ns for record in records],
+        [record.content_hash for record in records],
+        [record.width for record in records],
+        [record.height for record in records],
+    ]
+    schema = _schema(manifest)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=False)]
+    content = pa.py_buffer(np.ascontiguousarray(features, "<f2"))
+    arrays.append(pa.Array.from_buffers(schema.field(FEATURES).type, len(records), [None, content]))
+    return pa.table(arrays, schema=schema)
+
+
+def write_segment(folder: Path, tables: Sequence[pa.Table]) -> Segment:
+    """Writes the rows of some tables as a new segment and waits until it is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = folder / f"{uuid.uuid4().hex}{SUFFIX}"
+    table = pa.concat_tables(tables)
+    compression = dict.fromkeys(table.column_names, "zstd") | {FEATURES: "none"}
+    with open(path, "xb") as file:
+        pq.write_table(
+            table,
+            file,
+            row_group_size=table.num_rows,  # one piece a column
+            compression=compression,
+            use_dictionary=False,
+            write_statistics=False,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    return _describe(path)
+
+
+def read_records(folder: Path, segment: Segment) -> Iterator[tuple[int, ImageRecord]]:
+    """The live rows' ids and records, without their features.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    content = _open(folder, segment)
+    if (
+        _records_crc32(content, segment.features_start, segment.features_end)
+        != segment.records_crc32
+    ):
+        raise ValueError("the checksum of the records differs")
+    names = [name for name in pq.read_schema(pa.BufferReader(content)).names if name != FEATURES]
+    table = pq.read_table(pa.BufferReader(content), columns=names, use_threads=False)
+    columns = {name: table.column(name).to_pylist() for name in names}
+    columns["path"] = [os.fsdecode(path) for path in columns["path"]]
+    ids = columns.pop("id")
+    for row in segment.live:
+        yield ids[row], ImageRecord(**{name: column[row] for name, column in columns.items()})
+
+
+def read_features(folder: Path, segment: Segment, out: npt.NDArray[np.float16]) -> None:
+    """Reads the live rows' features into `out`, float16 (live rows, Q, E).
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    table = _read(folder, segment, [FEATURES])
+    live = segment.live if segment.removed else slice(None)
+    out[...] = _numbers(table.column(FEATURES).combine_chunks(), out.shape[1:])[live]
+
+
+def read_rows(folder: Path, segment: Segment) -> pa.Table:
+    """The live rows with all columns, to be written again.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    table = _read(folder, segment, None)
+    return table.take(pa.array(segment.live, pa.int64())) if segment.removed else table
+
+
+def _schema(manifest: Manifest) -> pa.Schema:
+    shape = (manifest.num_vectors, manifest.dim)
+    about = {"dtype": "float16, little-endian", "shape": f"{shape[0]} x {shape[1]}"}
+    return pa.schema(
+        [
+            pa.field("id", pa.int64(), nullable=False),
+            pa.field("path", pa.binary(), nullable=False),  # os.fsencode: not always UTF-8
+            pa.field("size", pa.int64(), nullable=False),
+            pa.field("mtime_ns", pa.int64(), nullable=False),
+            pa.field("content_hash", pa.string(), nullable=False),
+            pa.field("width", pa.int32(), nullable=False),
+            pa.field("height", pa.int32(), nullable=False),
+            pa.field(FEATURES, pa.binary(shape[0] * shape[1] * 2), nullable=False, metadata=about),
+        ]
+    )
+
+
+def _describe(path: Path) -> Segment:
+    """What the manifest says of a file that was just written."""
+    with pa.memory_map(str(path)) as file:
+        content = file.read_buffer()
+        group = pq.read_metadata(pa.BufferReader(content)).row_group(0)
+        column = group.column(group.num_columns - 1)
+        start = column.data_page_offset
+        end = start + column.total_compressed_size
+        return Segment(
+            file=path.name,
+            rows=group.num_rows,
+            size=content.size,
+            features_start=start,
+            features_end=end,
+            features_crc32=zlib.crc32(memoryview(content)[start:end]),
+            records_crc32=_records_crc32(content, start, end),
+        )
+
+
+def _records_crc32(content: pa.Buffer, start: int, end: int) -> int:
+    """The checksum of everything but the features."""
+    view = memoryview(content)
+    return zlib.crc32(view[end:], zlib.crc32(view[:start]))
+
+
+def _open(folder: Path, segment: Segment) -> pa.Buffer:
+    """A file's bytes, mapped: what is not looked at is not read."""
+    path = folder / segment.file
+    size = path.stat().st_size
+    if size != segment.size:
+        raise ValueError(f"{size} bytes instead of {segment.size}")
+    with pa.memory_map(str(path)) as file:
+        return file.read_buffer()
+
+
+def _read(folder: Path, segment: Segment, columns: list[str] | None) -> pa.Table:
+    """Some columns of all rows, the features among them, after a look at every checksum."""
+    content = _open(folder, segment)
+    start, end = segment.features_start, segment.features_end
+    if _records_crc32(content, start, end) != segment.records_crc32:
+        raise ValueError("the checksum of the records differs")
+    if zlib.crc32(memoryview(content)[start:end]) != segment.features_crc32:
+        raise ValueError("the checksum of the features differs")
+    return pq.read_table(pa.BufferReader(content), columns=columns, use_threads=False)
+
+
+def _numbers(column: pa.Array, shape: tuple[int, ...]) -> npt.NDArray[np.float16]:
+    """The numbers of a features column, without a copy: (rows, Q, E)."""
+    width = column.type.byte_width
+    numbers = np.frombuffer(
+        column.buffers()[1], "<f2", len(column) * width // 2, column.offset * width
+    )
+    return numbers.reshape(-1, *shape)
