@@ -1,0 +1,309 @@
+"""The search engine: a folder of photographs in, ranked hits out.
+
+A query is compared with the 32 vectors of every image (ITC, max over queries); the best candidates
+are decoded again and scored by the ITM head. Final score = ITM logit + ITC similarity, as published.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..indexes.base import search_any
+from ..indexes.errors import ModelMismatchError, StoreMissingError, VectorIndexError
+from ..indexes.flat import FaissIndex, faiss_build
+from ..indexes.store import SCHEMA_VERSION, ImageRecord, Manifest, Store
+from .checkpoints import DEFAULT_MODEL, load_model
+from .errors import ImageReadError
+from .indexer import Indexer, IndexReport, OnProgress, SkippedFile, make_plan
+from .model import RetrievalModel
+from .preprocess import load_image
+
+__all__ = ["Hit", "IndexInfo", "IndexReport", "SearchEngine", "SkippedFile"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One found image."""
+
+    rank: int  # from 1
+    path: str
+    score: float  # ITM logit + ITC similarity; the ITC similarity alone without rerank
+    itc: float  # cosine, -1 to 1
+    itm: float | None  # raw logit of "match"; None without rerank
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexInfo:
+    """What an index holds."""
+
+    path: str
+    images: int
+    vectors_per_image: int
+    embedding_size: int
+    model_name: str
+    model_fingerprint: str
+    schema_version: int
+    size_on_disk: int  # bytes
+    faiss: str
+    preprocessing: dict[str, Any]
+
+
+class SearchEngine:
+    """Index photographs and search them.
+
+    >>> engine = SearchEngine("index")                                        # doctest: +SKIP
+    >>> engine.add(["photos"]).added                                          # doctest: +SKIP
+    1200
+    >>> engine.search("a clock tower", k=1)[0].path                           # doctest: +SKIP
+    '/home/ada/photos/prague.jpg'
+    """
+
+    def __init__(
+        self,
+        index_path: str | os.PathLike[str],
+        model: str | RetrievalModel | None = None,
+        *,
+        device: str = "auto",
+    ) -> None:
+        """Name an index; nothing is read or loaded before it is needed.
+
+        Args:
+            index_path: the folder of the index; `add` makes it.
+            model: a model or what `load_model` takes. None is the model that made the index, and
+                `mini` for a new one.
+            device: where to load the model.
+        """
+        self.path = Path(index_path)
+        self.device = device
+        self._asked = None if isinstance(model, RetrievalModel) else model
+        self._model = model if isinstance(model, RetrievalModel) else None
+        self._rows: list[ImageRecord] = []
+        self._index: FaissIndex | None = None
+
+    # ---- indexing ------------------------------------------------------------------------------
+
+    def add(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        batch_size: int = 32,
+        workers: int | None = None,
+        rebuild: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> IndexReport:
+        """Bring the index up to date with files and folders (searched in depth).
+
+        New and changed files are encoded, vanished ones dropped. Files that cannot be read are
+        skipped and reported. Ctrl-C ends the run early and keeps what was encoded.
+
+        Args:
+            paths: files and folders.
+            batch_size: images a pass of the encoder.
+            workers: decoding threads; by default one a processor, eight at most.
+            rebuild: throw the old index away first.
+            on_progress: called with (files done, files to do).
+
+        Raises:
+            ModelMismatchError: the index was made by another model than the one asked for.
+            StoreError: the index cannot be read or written.
+            ImageReadError: one of `paths` does not exist.
+        """
+        start = time.perf_counter()
+        make_plan(
+            paths, self._known(rebuild)
+        )  # a mistyped path must not leave an empty index behind
+        store = self._open_or_create(rebuild)
+        workers = workers or min(8, os.cpu_count() or 1)
+        with store.writing():
+            plan = make_plan(paths, store.records)
+            encoding = bool(plan.new or plan.changed)
+            model = self._model_of(store) if encoding else None
+            indexer = Indexer(store, plan, on_progress)
+            finished = indexer.run(model, batch_size, workers)
+            store.compact()
+        self._index = None
+        return IndexReport(
+            added=indexer.added,
+            updated=indexer.updated,
+            unchanged=plan.unchanged,
+            removed=len(plan.vanished),
+            skipped=tuple(plan.skipped),
+            total=len(store),
+            seconds=time.perf_counter() - start,
+            interrupted=not finished,
+        )
+
+    def _known(self, rebuild: bool) -> list[ImageRecord]:
+        try:
+            return [] if rebuild else Store.open(self.path).records
+        except StoreMissingError:
+            return []
+
+    def _open_or_create(self, rebuild: bool) -> Store:
+        if not rebuild:
+            try:
+                return Store.open(self.path)
+            except StoreMissingError:
+                pass
+        model = self._loaded(DEFAULT_MODEL)
+        config = model.config
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            model_name=self._name_to_keep(model),
+            model_fingerprint=model.fingerprint,
+            preprocessing={
+                "image_size": config.preprocess.image_size,
+                "mean": list(config.preprocess.mean),
+                "std": list(config.preprocess.std),
+                "resize": "squash, bicubic",
+            },
+            num_vectors=config.qformer.num_queries,
+            dim=config.embedding_size,
+        )
+        return Store.create(self.path, manifest, replace=rebuild)
+
+    def _name_to_keep(self, model: RetrievalModel) -> str:
+        """Return a name that loads this model again from any working directory."""
+        if self._asked is None:
+            return model.config.name
+        return os.path.abspath(self._asked) if os.path.exists(self._asked) else self._asked
+
+    # ---- searching -----------------------------------------------------------------------------
+
+    def search(self, query: str | Path | Image.Image, k: int = 10, rerank: int = 32) -> list[Hit]:
+        """Find the images that fit a text, or that look like an image.
+
+        Args:
+            query: a text (str), an image file (Path) or a PIL image.
+            k: how many hits.
+            rerank: how many of the best by ITC are scored by the ITM head, at least k; 0 is ITC
+                alone. An image query is ITC alone always: ITM compares an image with a text.
+
+        Returns:
+            at most k hits, best first. A reranked candidate whose file can no longer be read is
+            left out, with a warning in the log.
+
+        Raises:
+            StoreMissingError: there is no index, or it is empty.
+            ModelMismatchError: the index was made by another model.
+            ImageReadError: the image query cannot be read.
+        """
+        if k < 1 or rerank < 0:
+            raise VectorIndexError("k must be at least 1 and rerank at least 0")
+        index, model = self._ready()
+        if not isinstance(query, str):
+            features = model.encode_images([load_image(query)])[0]
+            scores, images = search_any(index, features, k)
+            return self._hits(images, scores, None, k)
+        found = index.search(model.encode_texts([query]), max(k, rerank) if rerank else k)
+        scores, images = found.scores[0], found.images[0]
+        if not rerank:
+            return self._hits(images, scores, None, k)
+        return self._rerank(model, query, images, scores, k)
+
+    def _rerank(
+        self,
+        model: RetrievalModel,
+        text: str,
+        images: npt.NDArray[np.int64],
+        itc: npt.NDArray[np.float32],
+        k: int,
+    ) -> list[Hit]:
+        readable, photos = [], []
+        for position, image in enumerate(images):
+            try:
+                photos.append(load_image(self._rows[image].path))
+                readable.append(position)
+            except ImageReadError as error:
+                path = self._rows[image].path
+                log.warning(
+                    "%s: %s; left out (`blip2-search index` updates the index)", path, error
+                )
+        if not readable:
+            return []
+        itm = model.match(model.image_tokens(photos), [text] * len(photos))
+        images, itc = images[readable], itc[readable]
+        order = np.argsort(-(itm + itc), kind="stable")
+        return self._hits(images[order], itc[order], itm[order], k)
+
+    def _hits(
+        self,
+        images: npt.NDArray[np.int64],
+        itc: npt.NDArray[np.float32],
+        itm: npt.NDArray[np.float32] | None,
+        k: int,
+    ) -> list[Hit]:
+        return [
+            Hit(
+                rank=i + 1,
+                path=self._rows[image].path,
+                score=float(itc[i] if itm is None else itc[i] + itm[i]),
+                itc=float(itc[i]),
+                itm=None if itm is None else float(itm[i]),
+            )
+            for i, image in enumerate(images[:k])
+        ]
+
+    # ---- the index and its model -----------------------------------------------------------------
+
+    def info(self) -> IndexInfo:
+        """Return what the index holds; loads neither model nor features.
+
+        Raises:
+            StoreMissingError: there is no index.
+        """
+        store = Store.open(self.path)
+        manifest = store.manifest
+        return IndexInfo(
+            path=str(self.path.absolute()),
+            images=len(store),
+            vectors_per_image=manifest.num_vectors,
+            embedding_size=manifest.dim,
+            model_name=manifest.model_name,
+            model_fingerprint=manifest.model_fingerprint,
+            schema_version=manifest.schema_version,
+            size_on_disk=store.size_on_disk(),
+            faiss=faiss_build(),
+            preprocessing=manifest.preprocessing,
+        )
+
+    def _ready(self) -> tuple[FaissIndex, RetrievalModel]:
+        store = Store.open(self.path)
+        if len(store) == 0:
+            raise StoreMissingError(
+                f"The index in {self.path} is empty: fill it with `blip2-search index FOLDER`."
+            )
+        model = self._model_of(store)
+        if self._index is None:
+            self._index, self._rows = FaissIndex(store.features()), store.records
+        return self._index, model
+
+    def _model_of(self, store: Store) -> RetrievalModel:
+        """Load the model that made the index, and make sure that it is still the same."""
+        manifest = store.manifest
+        model = self._loaded(manifest.model_name)
+        if model.fingerprint != manifest.model_fingerprint:
+            raise ModelMismatchError(
+                f"The index in {self.path} was made by {manifest.model_name!r} "
+                f"({manifest.model_fingerprint}), not by {model.config.name!r} "
+                f"({model.fingerprint}): ask without --model to use the index's own, or encode again "
+                f"with `blip2-search index --rebuild FOLDER`."
+            )
+        return model
+
+    def _loaded(self, default: str) -> RetrievalModel:
+        if self._model is None:
+            self._model = load_model(self._asked or default, device=self.device)
+        return self._model

@@ -1,0 +1,191 @@
+"""The search engine on drawn photographs, against the model asked by hand."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip2_search.indexes.errors import (
+    ModelMismatchError,
+    StoreMissingError,
+    VectorIndexError,
+)
+from blip2_search.retrieval import indexer
+from blip2_search.retrieval.checkpoints import save_model
+from blip2_search.retrieval.engine import SearchEngine
+from blip2_search.retrieval.errors import ImageReadError
+from tiny import build_tiny_model, draw
+
+
+@pytest.fixture
+def engine(photos, tmp_path, tiny_model):
+    engine = SearchEngine(tmp_path / "index", tiny_model)
+    engine.add([photos])
+    return engine
+
+
+def by_hand(model, photos, text):
+    """Score every photograph with the model alone: (path, ITC, ITM) of each."""
+    paths = sorted(photos.iterdir())
+    features = model.encode_images(paths).astype(np.float16).astype(np.float32)
+    itc = (features @ model.encode_texts([text])[0]).max(axis=1)
+    itm = model.match(model.image_tokens(paths), [text] * len(paths))
+    return [(str(p), a, b) for p, a, b in zip(paths, itc, itm, strict=True)]
+
+
+def test_itc_alone_is_max_over_queries(engine, photos, tiny_model):
+    expected = sorted(by_hand(tiny_model, photos, "a red circle"), key=lambda row: -row[1])
+    hits = engine.search("a red circle", k=18, rerank=0)
+    assert [hit.path for hit in hits] == [row[0] for row in expected]
+    assert np.allclose([hit.score for hit in hits], [row[1] for row in expected], atol=1e-5)
+    assert [hit.rank for hit in hits] == list(range(1, 19))
+    assert all(hit.itm is None and hit.score == hit.itc for hit in hits)
+
+
+def test_rerank_adds_the_itm_logit(engine, photos, tiny_model):
+    rows = sorted(by_hand(tiny_model, photos, "a red circle"), key=lambda row: -row[1])
+    candidates = sorted(rows[:6], key=lambda row: -(row[1] + row[2]))
+    hits = engine.search("a red circle", k=3, rerank=6)
+    assert [hit.path for hit in hits] == [row[0] for row in candidates[:3]]
+    for hit, (_, itc, itm) in zip(hits, candidates, strict=False):
+        assert hit.itm == pytest.approx(itm, abs=1e-4)
+        assert hit.score == pytest.approx(itc + itm, abs=1e-4)
+    # k is reranked at least, however small the rerank is, and no more hits come than images
+    assert all(hit.itm is not None for hit in engine.search("a bar", k=50, rerank=1))
+    assert len(engine.search("a bar", k=50)) == 18
+
+
+def test_an_image_finds_itself(engine, photos):
+    path = photos / "blue bar.png"
+    assert engine.search(path, k=1)[0].path == str(path)
+    with Image.open(path) as image:
+        (hit,) = engine.search(image, k=1)
+    assert (hit.path, hit.itm) == (str(path), None)
+    assert hit.itc == pytest.approx(1, abs=1e-2)
+
+
+def test_a_second_run_does_only_what_changed(engine, photos):
+    again = engine.add([photos])
+    assert (again.added, again.updated, again.unchanged, again.removed) == (0, 0, 18, 0)
+    draw("orange", "circle").save(photos / "red bar.png")
+    os.utime(photos / "red bar.png", ns=(1, 1))
+    draw("gold", "square").save(photos / "new.png")
+    (photos / "green bar.png").unlink()
+    report = engine.add([photos])
+    assert (report.added, report.updated, report.unchanged, report.removed) == (1, 1, 16, 1)
+    assert report.total == engine.info().images == 18
+    hits = engine.search(photos / "new.png", k=18)
+    assert hits[0].path == str(photos / "new.png")
+    assert str(photos / "green bar.png") not in [hit.path for hit in hits]
+
+
+def test_other_folders_are_left_alone(engine, photos, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    draw("red", "bar").save(other / "x.png")
+    (photos / "red bar.png").unlink()
+    report = engine.add([other])
+    assert (report.added, report.removed, report.total) == (1, 0, 19)
+    shutil.rmtree(photos)
+    assert engine.add([photos]).removed == 18
+
+
+def test_unreadable_files_are_skipped_with_the_reason(engine, photos):
+    whole = (photos / "red bar.png").read_bytes()
+    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "text.jpg").write_text("no image")
+    (photos / "empty.gif").touch()
+    os.symlink(photos / "nowhere", photos / "dangling.jpg")
+    (photos / "notes.txt").write_text("not looked at")
+    (photos / "blue bar.png").write_bytes(whole[:60])  # was fine, is broken now
+    report = engine.add([photos])
+    skipped = {Path(file.path).name: file.reason for file in report.skipped}
+    assert set(skipped) == {"cut.png", "text.jpg", "empty.gif", "dangling.jpg", "blue bar.png"}
+    assert all(skipped.values())
+    assert report.total == 17
+    assert str(photos / "blue bar.png") not in [h.path for h in engine.search("a bar", 99, 0)]
+
+
+def test_rotated_photographs_are_seen_upright(engine, photos):
+    upright = draw("red", "bar")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it right
+    upright.rotate(90).save(photos / "turned.jpg", exif=exif, quality=95)
+    engine.add([photos])
+    ranked = [hit.path for hit in engine.search(upright, k=3)]
+    assert str(photos / "turned.jpg") in ranked
+
+
+def test_interruption_keeps_what_is_done(photos, tmp_path, tiny_model, monkeypatch):
+    engine = SearchEngine(tmp_path / "index", tiny_model)
+
+    def stop(done, total):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    report = engine.add([photos], batch_size=4, on_progress=stop)
+    assert report.interrupted
+    assert report.added == report.total == 8
+    report = engine.add([photos], batch_size=4)
+    assert (report.added, report.unchanged, report.interrupted) == (10, 8, False)
+
+
+def test_commits_on_the_way(photos, tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(indexer, "COMMIT_IMAGES", 4)
+    seen = []
+    path = tmp_path / "index"
+
+    def watch(done, total):
+        seen.append(SearchEngine(path).info().images)
+
+    SearchEngine(path, tiny_model).add([photos], batch_size=2, on_progress=watch)
+    assert seen[-1] == 16
+    assert {4, 8, 12} <= set(seen)
+    assert SearchEngine(path).info().images == 18
+
+
+def test_the_index_brings_its_own_model(photos, tmp_path, tiny_model, monkeypatch):
+    save_model(tiny_model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    SearchEngine("index", "model").add([photos])
+    monkeypatch.chdir("/")
+    engine = SearchEngine(tmp_path / "index")
+    assert engine.search("a red bar", k=1)
+    assert engine.info().model_name == str(tmp_path / "model")
+
+
+def test_another_model_is_refused_and_rebuild_mends_it(engine, photos):
+    other = build_tiny_model("other", seed=7)
+    stranger = SearchEngine(engine.path, other)
+    with pytest.raises(ModelMismatchError, match="index --rebuild"):
+        stranger.search("a bar")
+    draw("red", "bar").save(photos / "one more.png")
+    with pytest.raises(ModelMismatchError):
+        stranger.add([photos])
+    assert stranger.add([photos], rebuild=True).added == 19
+    assert stranger.search("a bar", k=1)
+
+
+def test_nothing_to_search_is_a_clear_error(tmp_path, tiny_model):
+    engine = SearchEngine(tmp_path / "index", tiny_model)
+    with pytest.raises(StoreMissingError, match="blip2-search index"):
+        engine.search("a bar")
+    (tmp_path / "hollow").mkdir()
+    assert engine.add([tmp_path / "hollow"]).total == 0
+    with pytest.raises(StoreMissingError, match="blip2-search index"):
+        engine.search("a bar")
+    with pytest.raises(ImageReadError, match="does not exist"):
+        SearchEngine(tmp_path / "second", tiny_model).add([tmp_path / "typo"])
+    assert not (tmp_path / "second").exists()
+    with pytest.raises(VectorIndexError):
+        engine.search("a bar", k=0)
+
+
+def test_a_candidate_that_vanished_is_left_out_and_told(engine, photos, caplog):
+    (photos / "red circle.png").unlink()
+    hits = engine.search("a red circle", k=18)
+    assert len(hits) == 17
+    assert "red circle.png" in caplog.text

@@ -1,0 +1,131 @@
+"""The command line on real files: odd photographs, a run killed half-way, and queries in a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from blip2_search.retrieval.checkpoints import save_model
+from tiny import build_tiny_model, draw
+
+PROGRAM = [sys.executable, "-m", "blip2_search.cli.app"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_model(build_tiny_model(), folder)
+    return folder
+
+
+@pytest.fixture
+def environment(tmp_path) -> dict[str, str]:
+    return {**os.environ, "BLIP2_SEARCH_INDEX": str(tmp_path / "index"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def run(environment, tmp_path):
+    def run(*arguments: object, code: int = 0, **more: object) -> subprocess.CompletedProcess[str]:
+        command = [*PROGRAM, *map(str, arguments)]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, **more
+        )
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+def hits(done: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_folder_of_odd_photographs(photos, run, checkpoint):
+    whole = (photos / "red bar.png").read_bytes()
+    (photos / "broken.jpg").write_bytes(whole[:100])
+    shutil.copy(photos / "red circle.png", photos / "copy of red circle.png")
+    draw("blue", "square").save(photos / "площадь 広場 🌁.webp", lossless=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    draw("red", "bar").rotate(90).save(photos / "turned.jpg", exif=exif, quality=95)
+
+    done = run("index", photos, "--model", checkpoint)
+    assert done.stdout == ""
+    assert "broken.jpg" in done.stderr
+    assert "21" in run("info").stdout
+
+    found = hits(run("query", "a red circle", "-k", 30, "--json"))
+    assert [hit["rank"] for hit in found] == list(range(1, 22))
+    assert set(found[0]) == {"rank", "path", "score", "itc", "itm"}
+    scores = {Path(hit["path"]).name: hit["score"] for hit in found}
+    assert "площадь 広場 🌁.webp" in scores
+    assert scores["copy of red circle.png"] == pytest.approx(scores["red circle.png"], abs=1e-4)
+    ordered = [hit["score"] for hit in found]
+    assert ordered == sorted(ordered, reverse=True)
+
+    paths = run("query", "a red circle", "-k", 3, "--paths").stdout.splitlines()
+    assert paths == [hit["path"] for hit in found[:3]]
+    table = run("query", "a red circle", "-k", 2).stdout
+    assert Path(paths[0]).name in table
+    (twin,) = hits(run("query", "--image", photos / "red bar.png", "-k", 1, "--json"))
+    assert Path(twin["path"]).name == "red bar.png"
+
+    again = run("index", photos)
+    assert "21 unchanged" in again.stderr
+
+
+def test_a_killed_run_is_resumed(photos, run, checkpoint, environment, tmp_path):
+    for i in range(120):
+        draw(f"#{i * 9999 % 0xFFFFFF:06x}", "circle", 400).save(photos / f"{i:03}.png")
+    slow = (
+        "import sys, time\n"
+        "from blip2_search.retrieval import indexer\n"
+        "indexer.COMMIT_IMAGES = 16\n"
+        "encode = indexer.Indexer._encode\n"
+        "def slowly(self, model, batch): encode(self, model, batch); time.sleep(0.2)\n"
+        "indexer.Indexer._encode = slowly\n"
+        "from blip2_search.cli.app import main\n"
+        "sys.argv = ['blip2-search', 'index', *sys.argv[1:]]\n"
+        "main()\n"
+    )
+    command = [
+        sys.executable, "-c", slow, str(photos), "--model", str(checkpoint), "--batch-size", "8",
+    ]  # fmt: skip
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    segments = tmp_path / "index" / "segments"
+    deadline = time.monotonic() + 60
+    while len(list(segments.glob("*.parquet"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+
+    kept = json.loads(run("info", "--json").stdout)["images"]
+    assert 16 <= kept < 138
+    assert len(run("query", "a circle", "-k", 200, "--paths").stdout.splitlines()) == kept
+    resumed = run("index", photos)
+    assert f"{kept} unchanged" in resumed.stderr
+    assert f"{138 - kept} added" in resumed.stderr
+    assert json.loads(run("info", "--json").stdout)["images"] == 138
+
+
+def test_errors_are_one_sentence_with_a_way_out(run, photos, checkpoint, tmp_path):
+    missing = run("query", "a bar", code=1)
+    assert missing.stdout == ""
+    assert "blip2-search index" in missing.stderr
+    run("index", tmp_path / "typo", code=1)
+    run("index", photos, "--model", checkpoint)
+    other = tmp_path / "other"
+    save_model(build_tiny_model("other", seed=9), other)
+    refused = run("query", "a bar", "--model", other, code=1)
+    assert "--rebuild" in refused.stderr
+    assert "no model" in run("index", photos, "--rebuild", "--model", "nonesuch", code=1).stderr
