@@ -55,7 +55,7 @@ def _load(name: str) -> RetrievalModel:
         from .lavis import load_lavis
 
         return load_lavis(path)
-    if (path / "model.safetensors").exists() and is_own_format(path):
+    if (path / "config.json").exists() and is_own_format(path):
         return _load_own(path)
     from .hub import load_hub
 
@@ -71,7 +71,7 @@ def _load(name: str) -> RetrievalModel:
 
 def is_own_format(path: Path) -> bool:
     """Tell our `config.json` from transformers' (which names an architecture)."""
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     return "qformer" in config and "architectures" not in config
 
 
@@ -80,9 +80,9 @@ def _load_own(path: Path) -> RetrievalModel:
     from safetensors.torch import load_file
 
     try:
-        config = ModelConfig.from_dict(_read_json(path / "config.json"))
+        config = ModelConfig.from_dict(read_json(path / "config.json"))
         tensors = load_file(path / "model.safetensors")
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     model = RetrievalModel(config, load_tokenizer(path, config))
     load_tensors(model, tensors, str(path))
@@ -105,7 +105,9 @@ def save_model(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: tensor.detach().to("cpu", dtype if dtype and tensor.ndim >= 2 else None).contiguous()
+        name: tensor.detach()
+        .to("cpu", dtype if dtype and tensor.ndim >= 2 and tensor.is_floating_point() else None)
+        .contiguous()
         for name, tensor in model.state_dict().items()
     }
     tokenizer = model.text_transform.tokenizer.to_str()
@@ -120,19 +122,23 @@ def load_tensors(
     tensors: Mapping[str, Tensor],
     source: str,
     optional: tuple[str, ...] = (),
+    names: Mapping[str, str] | None = None,
 ) -> None:
-    """Fill a model with tensors that bear its own names, strictly.
+    """Fill a model with tensors, strictly.
 
     Args:
         model: filled in place, and its fingerprint refreshed.
-        tensors: by the names of `model.state_dict()`; cast to the model's dtype.
+        tensors: by the checkpoint's own names; cast to the model's dtype.
         source: what to call the checkpoint in an error.
         optional: prefixes of names that may be missing.
+        names: the checkpoint's names -> those of `model.state_dict()`, where the two differ.
 
     Raises:
         CheckpointError: a key is missing or unexpected, or a shape differs.
     """
-    expected = model.state_dict()
+    names = names or {}
+    theirs = {ours: name for name, ours in names.items()}
+    expected = {theirs.get(ours, ours): tensor for ours, tensor in model.state_dict().items()}
     missing = [k for k in expected if k not in tensors and not k.startswith(optional or ("\0",))]
     unexpected = [key for key in tensors if key not in expected]
     shapes = [
@@ -144,7 +150,7 @@ def load_tensors(
         if keys:
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             raise CheckpointError(f"{source} does not fit: {complaint} {', '.join(keys[:5])}{more}")
-    model.load_state_dict(dict(tensors), strict=False)
+    model.load_state_dict({names.get(k, k): tensor for k, tensor in tensors.items()}, strict=False)
     model.refresh_fingerprint()
 
 
@@ -163,7 +169,12 @@ def load_tokenizer(path: Path, config: ModelConfig) -> TextTransform:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _read_json(file: Path) -> dict[str, object]:
+def read_json(file: Path) -> dict[str, object]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, no JSON, or no object.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

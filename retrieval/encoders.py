@@ -53,6 +53,8 @@ class TimmEncoder(ImageEncoder):
         features: Tensor = self.backbone.forward_features(pixels)
         if features.ndim == 3:  # a transformer's tokens already
             return features
+        if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":  # Swin and its like
+            features = features.permute(0, 3, 1, 2)
         if self.pool is not None:
             features = F.adaptive_avg_pool2d(features, self.pool)
         return features.flatten(2).transpose(1, 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -148,7 +149,8 @@ class RetrievalModel(nn.Module):
         It covers the configuration and a sample of every tensor in full precision, so it is the
         same on every device and in every dtype that the model is cast to afterwards.
         """
-        digest = hashlib.blake2b(repr(self.config).encode(), digest_size=8)
+        unnamed = replace(self.config, name="")  # the same model by another path is the same
+        digest = hashlib.blake2b(repr(unnamed).encode(), digest_size=8)
         for name, tensor in sorted(self.state_dict().items()):
             flat = tensor.detach().flatten()
             step = max(1, flat.numel() // 256)
@@ -211,9 +213,11 @@ class RetrievalModel(nn.Module):
 def max_over_queries(image_features: Tensor, text_features: Tensor) -> Tensor:
     """Return ITC similarities (N, B) of (N, Q, E) and (B, E): the best query of each image.
 
-    Not divided by the temperature (BLIP-2, section 3.1).
+    Not divided by the temperature (BLIP-2, section 3.1); in full precision under autocast too,
+    because rankings hang on small differences.
     """
-    return torch.einsum("nqe,be->nbq", image_features, text_features).amax(dim=-1)
+    with torch.autocast(image_features.device.type, enabled=False):
+        return torch.einsum("nqe,be->nbq", image_features, text_features).amax(dim=-1)
 
 
 def autocast(model: RetrievalModel, precision: Precision) -> AbstractContextManager[object]:
