@@ -1,0 +1,113 @@
+"""`blip2-search index`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options, render
+from .progress import encoding_progress
+
+if TYPE_CHECKING:
+    from ..retrieval.engine import IndexReport
+
+SHOWN_SKIPPED = 10
+
+
+def index(
+    *,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH",
+            show_default=False,
+            help="Photographs, and folders, which are searched in depth; - reads them from stdin.",
+        ),
+    ],
+    index: options.IndexOption,
+    model: options.ModelOption = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Photographs encoded at once.")
+    ] = 32,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Decoding threads.  [default: one a processor, at most 8]"
+        ),
+    ] = None,
+    device: options.DeviceOption = "auto",
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Throw the old index away first.")
+    ] = False,
+    verbose: options.VerboseOption = False,
+) -> None:
+    """Index photographs, so that `query` finds them.
+
+    Run it again after changes: only new and changed files are encoded, and vanished ones are dropped.
+    Files that cannot be read are skipped and counted. Ctrl-C keeps what is done.
+
+    JPEG, PNG, WebP, GIF (first frame), BMP and TIFF.
+
+    Examples:
+      blip2-search index ~/Pictures
+      blip2-search index ./holidays ./portraits cat.jpg
+      blip2-search index ~/Pictures --model blip2-itm-vit-g --index ~/big-index
+      find . -name '*.jpg' -newer last -print0 | blip2-search index -
+    """
+    from ..retrieval.engine import SearchEngine
+
+    sources = _read_dashes(paths)
+    engine = SearchEngine(index, model, device=device)
+    with encoding_progress() as on_progress:
+        report = engine.add(
+            sources,
+            batch_size=batch_size,
+            workers=workers,
+            rebuild=rebuild,
+            on_progress=on_progress,
+        )
+    _summarise(report, index, every_skipped=options.is_verbose())
+    if report.interrupted:
+        again = "the same command without --rebuild" if rebuild else "the same command"
+        render.say(f"Interrupted. What was encoded is kept; {again} goes on from there.")
+        raise typer.Exit(130)
+    if not (report.added or report.updated or report.unchanged or report.removed):
+        render.say(
+            "error: nothing could be indexed; `blip2-search index --help` names the formats."
+        )
+        raise typer.Exit(1)
+    render.say(f'Next: blip2-search query "a clock tower"{options.index_flag(index)}')
+
+
+def _read_dashes(paths: Sequence[Path]) -> list[Path]:
+    """Replace `-` with the paths on stdin: one a line, or with a zero byte behind each."""
+    if Path("-") not in paths:
+        return list(paths)
+    data = typer.get_binary_stream("stdin").read()
+    names = data.split(b"\0" if b"\0" in data else b"\n")
+    sources = [path for path in paths if path != Path("-")]
+    sources += [Path(os.fsdecode(name)) for name in names if name]
+    if not sources:
+        raise typer.BadParameter("there are no paths on stdin", param_hint="PATH")
+    return sources
+
+
+def _summarise(report: IndexReport, index: Path, every_skipped: bool) -> None:
+    numbers = {
+        "added": report.added,
+        "updated": report.updated,
+        "unchanged": report.unchanged,
+        "removed": report.removed,
+        "skipped": len(report.skipped),
+    }
+    render.say(f"{render.counts(numbers)} in {render.duration(report.seconds)}")
+    shown = report.skipped if every_skipped else report.skipped[:SHOWN_SKIPPED]
+    for file in shown:
+        render.say(f"  skipped {render.short_path(file.path)}: {file.reason}")
+    if len(shown) < len(report.skipped):
+        render.say(f"  and {len(report.skipped) - len(shown):,} more (--verbose lists them all)")
+    render.say(f"{render.images(report.total)} in the index {render.short_path(str(index))}")

@@ -1,0 +1,80 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+INDEX_VARIABLE = "BLIP2_SEARCH_INDEX"
+
+log = logging.getLogger("blip2_search")
+
+
+def default_index() -> Path:
+    """Return the folder of the index when nobody names one: in the user's data directory."""
+    from platformdirs import user_data_path
+
+    return user_data_path("blip2-search", appauthor=False) / "index"
+
+
+def set_verbose(verbose: bool) -> bool:
+    """Let errors come with their traceback; an option's callback, which returns its value."""
+    if verbose:
+        log.setLevel(logging.DEBUG)
+    return verbose
+
+
+def is_verbose() -> bool:
+    """Tell whether `--verbose` was given."""
+    return log.isEnabledFor(logging.DEBUG)
+
+
+def start_logging() -> None:
+    """Send the project's warnings to stderr, each as one line; forget an earlier `--verbose`."""
+    handler = logging.StreamHandler()  # the stderr of now
+    handler.setFormatter(logging.Formatter("blip2-search: %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.WARNING)
+
+
+def index_flag(index: Path) -> str:
+    """Return what a suggested command has to add in order to find this index."""
+    found = index == default_index() or str(index) == os.environ.get(INDEX_VARIABLE)
+    return "" if found else f" --index {shlex.quote(str(index))}"
+
+
+IndexOption = Annotated[
+    Path,
+    typer.Option(
+        "--index",
+        envvar=INDEX_VARIABLE,
+        metavar="DIR",
+        default_factory=default_index,
+        show_default="your data directory",
+        help="The folder of the index.",
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="A name of `blip2-search models`, a folder, or a LAVIS .pth file.  "
+        "[default: the index's own; mini for a new one]",
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ..."),
+]
+VerboseOption = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", callback=set_verbose, help="Show whole lists, and the tracebacks of errors."
+    ),
+]

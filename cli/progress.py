@@ -1,0 +1,79 @@
+"""How far the encoding is, on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from . import render
+
+OnProgress = Callable[[int, int], None]  # (files done, files to do)
+
+SECONDS_A_LINE = 10.0
+
+
+@contextmanager
+def encoding_progress() -> Iterator[OnProgress]:
+    """Give a callback that draws a bar in a terminal, and prints a line now and then elsewhere."""
+    if sys.stderr.isatty():
+        with _bar() as update:
+            yield update
+    else:
+        yield _Lines()
+
+
+@contextmanager
+def _bar() -> Iterator[OnProgress]:
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.fields[numbers]}"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("left"),
+    )
+    console = Console(stderr=True, highlight=False)
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("Looking for photographs, loading the model", total=None, numbers="")
+        rate = Rate()
+
+        def update(done: int, total: int) -> None:
+            numbers = f"{done:,} of {total:,}  {rate(done):.1f} images/s"
+            bar.update(task, description="Encoding", completed=done, total=total, numbers=numbers)
+
+        yield update
+
+
+class Rate:
+    """Files a second since the first call: the loading of the model does not count."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take a clock that counts seconds."""
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+
+    def __call__(self, done: int) -> float:
+        """Return the rate, now that so many are done."""
+        now = self._clock()
+        if self._first is None:
+            self._first = (done, now)
+        count, start = self._first
+        return (done - count) / (now - start) if now > start else 0.0
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._rate = Rate()
+        self._next = time.monotonic() + SECONDS_A_LINE
+
+    def __call__(self, done: int, total: int) -> None:
+        rate = self._rate(done)
+        if time.monotonic() < self._next or not rate:
+            return
+        self._next = time.monotonic() + SECONDS_A_LINE
+        left = render.duration((total - done) / rate)
+        render.say(f"{done:,} of {render.images(total)}, {rate:.1f} images/s, {left} left")
