@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install dev lint format types test bench clean
+.PHONY: install demo dev lint format types test bench clean
 
 install: $(VENV)/installed
 
@@ -11,6 +11,9 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable ".[demo]"
 	touch $@
+
+demo: install
+	$(BIN)/blip2-search demo
 
 dev: $(VENV)/dev
 
@@ -33,8 +36,11 @@ types: dev
 test: dev
 	$(BIN)/pytest
 
+# make bench DATA=dataset_flickr8k.json IMAGES=DIR [SPLIT=val RERANK=128]
+SPLIT ?= test
+RERANK ?= 128
 bench: dev
-	$(BIN)/python -m blip2_search.benchmarks.recall --help
+	$(BIN)/python -m blip2_search.benchmarks.recall --data $(DATA) --images $(IMAGES) --split $(SPLIT) --rerank $(RERANK)
 
 clean:
 	rm -rf $(VENV) .types build *.egg-info

@@ -25,7 +25,7 @@ from rich.table import Table
 from blip2_search.retrieval.checkpoints import DEFAULT_MODEL, load_model
 from blip2_search.retrieval.data import read_karpathy
 from blip2_search.retrieval.metrics import recall_table
-from blip2_search.retrieval.model import RetrievalModel, autocast, max_over_queries
+from blip2_search.retrieval.model import Precision, RetrievalModel, autocast, max_over_queries
 
 Scores = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -87,9 +87,23 @@ def mean_query_cosine(image_features: torch.Tensor) -> float:
 
 
 def evaluate(
-    model: RetrievalModel, paths: Sequence[Path], captions: Sequence[str], owner: Int64, k: int
+    model: RetrievalModel,
+    paths: Sequence[Path],
+    captions: Sequence[str],
+    owner: Int64,
+    k: int,
+    precision: Precision = "fp32",
 ) -> dict[str, Any]:
-    """Return {"itc": {"tr@1": ...}, "itc+itm": {...}, "seconds": {...}}; no rerank when k is 0."""
+    """Return {"itc": {"tr@1": ...}, "itc+itm": {...}, "seconds": {...}}.
+
+    Args:
+        model: the model.
+        paths: N images.
+        captions: B captions.
+        owner: (B,), the image of each caption.
+        k: candidates to rerank; 0 is ITC alone.
+        precision: of the rerank; ITC is computed in full.
+    """
     start = time.perf_counter()
     tokens = model.image_tokens(paths)
     with torch.inference_mode():
@@ -104,7 +118,8 @@ def evaluate(
     if k:
         start = time.perf_counter()
         pairs = candidates(itc, k)
-        itm = match_all(model, tokens, captions, pairs)
+        with autocast(model, precision):
+            itm = match_all(model, tokens, captions, pairs)
         by_text = recall_table(reranked(itc, itm, pairs, k, axis=0), owner)
         by_image = recall_table(reranked(itc, itm, pairs, k, axis=1), owner)
         report["itc+itm"] = {
@@ -123,7 +138,9 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--rerank", type=int, default=128)
     parser.add_argument("--limit", type=int, help="the first so many images only")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the rerank"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -131,8 +148,8 @@ def main() -> None:
     photos = read_karpathy(args.data, args.images, [args.split])[: args.limit]
     captions = [caption for photo in photos for caption in photo.captions]
     owner = np.repeat(np.arange(len(photos)), [len(photo.captions) for photo in photos])
-    with autocast(model, args.precision):
-        report = evaluate(model, [photo.path for photo in photos], captions, owner, args.rerank)
+    paths = [photo.path for photo in photos]
+    report = evaluate(model, paths, captions, owner, args.rerank, args.precision)
     report |= {
         "model": model.config.name,
         "fingerprint": model.fingerprint,

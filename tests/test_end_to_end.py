@@ -52,7 +52,7 @@ def hits(done: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:
 
 def test_a_folder_of_odd_photographs(photos, run, checkpoint):
     whole = (photos / "red bar.png").read_bytes()
-    (photos / "broken.jpg").write_bytes(whole[:100])
+    (photos / "broken.jpg").write_bytes(whole[: len(whole) // 2])
     shutil.copy(photos / "red circle.png", photos / "copy of red circle.png")
     draw("blue", "square").save(photos / "площадь 広場 🌁.webp", lossless=True)
     exif = Image.Exif()
