@@ -107,7 +107,7 @@ def evaluate(
     start = time.perf_counter()
     tokens = model.image_tokens(paths)
     with torch.inference_mode():
-        features = [model.query_pass(part).image_features for part in tokens.split(64)]
+        features = [model.query_pass(part).image_features for part in torch.split(tokens, 64)]
         texts = torch.from_numpy(model.encode_texts(captions)).to(model.device)
         itc = torch.cat([max_over_queries(part, texts) for part in features]).cpu().numpy()
     report: dict[str, Any] = {

@@ -53,7 +53,7 @@ TEMPLATES = (
 # show. Random vectors lie where MiniLM has never been: it maps all of them to nearly one vector (mean
 # cosine 0.79 before training, 1.00 after 200 steps). Words alone do too (0.90); with [CLS] and [SEP],
 # where its heads look when there is nothing to look at, they stay apart (0.22).
-QUERY_WORDS = (
+QUERY_WORDS = (  # noqa: SIM905
     "man woman child group dog animal bird car bike boat building street water snow grass tree sky "
     "ball shirt red blue green yellow black white running jumping sitting standing playing"
 ).split()
@@ -119,10 +119,9 @@ def _start_queries(model: RetrievalModel) -> None:
     ids = torch.tensor([model.text_transform.tokenizer.token_to_id(word) for word in sentence])
     positions = model.qformer.position_embeddings.weight[: len(ids)]
     model.qformer.query_tokens.copy_(model.qformer.word_embeddings.weight[ids] + positions)
-    for layer in model.qformer.layers:
-        if layer.cross_attention is not None:
-            for projection in (layer.cross_attention.query, layer.cross_attention.key):
-                torch.nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+    for name, parameter in model.qformer.named_parameters():
+        if name.endswith(("cross_attention.query.weight", "cross_attention.key.weight")):
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
 
 
 def read_labelled(folder: Path) -> list[CaptionedImage]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..indexes.errors import Blip2SearchError
-from ..retrieval.errors import ImageReadError
 from . import options, render
 
 if TYPE_CHECKING:
@@ -96,10 +95,7 @@ def _question(text: str | None, image: Path | None) -> str | Path:
 
 
 def _search(engine: SearchEngine, question: str | Path, k: int, rerank: int) -> list[Hit]:
-    try:
-        hits = engine.search(question, k=k, rerank=rerank)
-    except ImageReadError as error:
-        raise Blip2SearchError(f"{question}: {error}") from error
+    hits = engine.search(question, k=k, rerank=rerank)
     if not hits:
         raise Blip2SearchError(
             "what came closest cannot be read any more: run `blip2-search index` on its folder "

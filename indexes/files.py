@@ -34,11 +34,15 @@ def replace_file(path: Path, content: bytes) -> None:
         OSError: it cannot be written; the old content stays.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
-    with open(temporary, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..indexes.files import replace_file
 from .config import ModelConfig
 from .errors import CheckpointError
 from .model import RetrievalModel
@@ -28,6 +28,8 @@ SHORT_NAMES = {
     "blip2-itm-vit-g": "Salesforce/blip2-itm-vit-g",
     "blip2-itm-vit-g-coco": "Salesforce/blip2-itm-vit-g-coco",
 }
+
+NAMES = (DEFAULT_MODEL, *SHORT_NAMES)  # these win over a folder of the same name
 
 
 def load_model(
@@ -50,6 +52,10 @@ def load_model(
 
 
 def _load(name: str) -> RetrievalModel:
+    from .hub import load_hub
+
+    if name in SHORT_NAMES:
+        return load_hub(SHORT_NAMES[name])
     path = EMBEDDED / name if name == DEFAULT_MODEL else Path(name)
     if path.suffix == ".pth":
         from .lavis import load_lavis
@@ -57,15 +63,11 @@ def _load(name: str) -> RetrievalModel:
         return load_lavis(path)
     if (path / "config.json").exists() and is_own_format(path):
         return _load_own(path)
-    from .hub import load_hub
-
-    if path.is_dir():
-        return load_hub(str(path))
-    if name in SHORT_NAMES or (name.count("/") == 1 and not name.startswith((".", "/", "~"))):
-        return load_hub(SHORT_NAMES.get(name, name))
-    known = ", ".join([DEFAULT_MODEL, *SHORT_NAMES])
+    on_the_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if path.is_dir() or on_the_hub:
+        return load_hub(name)
     raise CheckpointError(
-        f"no model {name!r}: it is neither a folder, a .pth file, nor one of {known}"
+        f"no model {name!r}: it is neither a folder, a .pth file, nor one of {', '.join(NAMES)}"
     )
 
 
@@ -112,9 +114,9 @@ def save_model(
     }
     tokenizer = model.text_transform.tokenizer.to_str()
     config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    _write_atomically(folder / "model.safetensors", save(tensors))
-    _write_atomically(folder / "tokenizer.json", tokenizer.encode())
-    _write_atomically(folder / "config.json", config.encode())
+    replace_file(folder / "model.safetensors", save(tensors))
+    replace_file(folder / "tokenizer.json", tokenizer.encode())
+    replace_file(folder / "config.json", config.encode())
 
 
 def load_tensors(
@@ -184,20 +186,6 @@ def read_json(file: Path) -> dict[str, object]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} holds no JSON object")
     return data
-
-
-def _write_atomically(file: Path, data: bytes) -> None:
-    descriptor, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, file)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _device(device: str) -> torch.device:

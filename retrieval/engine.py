@@ -22,7 +22,7 @@ from ..indexes.base import search_any
 from ..indexes.errors import ModelMismatchError, StoreMissingError, VectorIndexError
 from ..indexes.flat import FaissIndex, faiss_build
 from ..indexes.store import SCHEMA_VERSION, ImageRecord, Manifest, Store
-from .checkpoints import DEFAULT_MODEL, load_model
+from .checkpoints import DEFAULT_MODEL, NAMES, load_model
 from .errors import ImageReadError
 from .indexer import Indexer, IndexReport, OnProgress, SkippedFile, make_plan
 from .model import RetrievalModel
@@ -176,8 +176,8 @@ class SearchEngine:
 
     def _name_to_keep(self, model: RetrievalModel) -> str:
         """Return a name that loads this model again from any working directory."""
-        if self._asked is None:
-            return model.config.name
+        if self._asked is None or self._asked in NAMES:
+            return self._asked or model.config.name
         return os.path.abspath(self._asked) if os.path.exists(self._asked) else self._asked
 
     # ---- searching -----------------------------------------------------------------------------
@@ -227,10 +227,7 @@ class SearchEngine:
                 photos.append(load_image(self._rows[image].path))
                 readable.append(position)
             except ImageReadError as error:
-                path = self._rows[image].path
-                log.warning(
-                    "%s: %s; left out (`blip2-search index` updates the index)", path, error
-                )
+                log.warning("%s; left out (`blip2-search index` updates the index)", error)
         if not readable:
             return []
         itm = model.match(model.image_tokens(photos), [text] * len(photos))

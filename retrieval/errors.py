@@ -14,7 +14,12 @@ from ..indexes.errors import Blip2SearchError
 
 
 class ImageReadError(Blip2SearchError):
-    """The image cannot be decoded; the message says why."""
+    """The image cannot be decoded; the message names the file, where there is one, and says why."""
+
+    def __init__(self, reason: str, path: str | None = None) -> None:
+        """Keep the reason apart for whoever names the file in another way."""
+        super().__init__(reason if path is None else f"{path}: {reason}")
+        self.reason = reason
 
 
 class CheckpointError(Blip2SearchError):

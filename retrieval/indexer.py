@@ -85,7 +85,7 @@ def make_plan(paths: Sequence[str | Path], records: Iterable[ImageRecord]) -> Pl
     found = _scan(roots, plan.skipped)
     for root in roots:
         if not os.path.lexists(root) and not any(_is_under(path, [root]) for path in known):
-            raise ImageReadError(f"{root} does not exist")
+            raise ImageReadError("no such file or folder", root)
     for path in found:
         record = known.get(path)
         if record is None:
@@ -142,7 +142,7 @@ def _decode(path: str, transform: ImageTransform) -> _Decoded | SkippedFile:
         data = Path(path).read_bytes()  # once, for the hash and the decoder
         image = load_image(io.BytesIO(data))
     except ImageReadError as error:
-        return SkippedFile(path, str(error))
+        return SkippedFile(path, error.reason)
     except OSError as error:
         return SkippedFile(path, error.strerror or str(error))
     record = ImageRecord(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 ImageLike = str | os.PathLike[str] | Image.Image
 
+_DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, struct.error,
+)  # fmt: skip
 _BLANKED = re.compile(r"[.!\"()*#:;~]")
 _SPACES = re.compile(r"\s{2,}")
 
@@ -41,14 +45,18 @@ def load_image(image: ImageLike | BinaryIO) -> Image.Image:
             return _upright_rgb(image)
         with Image.open(image) as opened:
             return _upright_rgb(opened)
-    except UnidentifiedImageError as error:
-        raise ImageReadError("not an image in a format that Pillow reads") from error
-    except Image.DecompressionBombError as error:
-        raise ImageReadError("too many pixels to be decoded safely") from error
     # Pillow's decoders raise what they find: SyntaxError for a broken PNG, struct.error for a TIFF.
-    except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageReadError(reason) from error
+    except (*_DECODER_ERRORS, Image.DecompressionBombError) as error:
+        path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
+        raise ImageReadError(_reason(error), path) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image in a format that Pillow reads"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels to be decoded safely"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
