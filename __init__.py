@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blip2_search.indexes.errors import Blip2SearchError
-    from blip2_search.retrieval.checkpoints import load_model, save_model
+    from blip2_search.retrieval.checkpoints import save_model
     from blip2_search.retrieval.engine import Hit, IndexReport, SearchEngine
+    from blip2_search.retrieval.loading import load_model
     from blip2_search.retrieval.model import RetrievalModel
 
 __version__ = "0.1.0"
@@ -22,7 +23,7 @@ _HOMES = {
     "IndexReport": "retrieval.engine",
     "RetrievalModel": "retrieval.model",
     "SearchEngine": "retrieval.engine",
-    "load_model": "retrieval.checkpoints",
+    "load_model": "retrieval.loading",
     "save_model": "retrieval.checkpoints",
 }
 

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from blip2_search.retrieval.checkpoints import DEFAULT_MODEL, load_model
 from blip2_search.retrieval.data import read_karpathy
+from blip2_search.retrieval.loading import DEFAULT_MODEL, load_model
 from blip2_search.retrieval.metrics import recall_table
 from blip2_search.retrieval.model import Precision, RetrievalModel, autocast, max_over_queries
 

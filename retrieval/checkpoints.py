@@ -1,9 +1,6 @@
-"""Reading and writing models.
+"""Our own checkpoint format: a folder with `config.json`, `model.safetensors`, `tokenizer.json`.
 
-`load_model` understands three formats: our own (a folder with `config.json`, `model.safetensors` and
-`tokenizer.json`), a transformers `Blip2ForImageTextRetrieval` (a folder or a hub name), and a LAVIS
-stage-1 `.pth`. Whatever the format, loading is strict: a missing or unexpected key, or a tensor of
-another shape, is an error that names it.
+And the strict filling of a model with tensors, which the readers of other formats share.
 """
 
 from __future__ import annotations
@@ -22,53 +19,7 @@ from .errors import CheckpointError
 from .model import RetrievalModel
 from .preprocess import TextTransform
 
-DEFAULT_MODEL = "mini"
 EMBEDDED = Path(__file__).parent / "models"
-SHORT_NAMES = {
-    "blip2-itm-vit-g": "Salesforce/blip2-itm-vit-g",
-    "blip2-itm-vit-g-coco": "Salesforce/blip2-itm-vit-g-coco",
-}
-
-NAMES = (DEFAULT_MODEL, *SHORT_NAMES)  # these win over a folder of the same name
-
-
-def load_model(
-    name_or_path: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto"
-) -> RetrievalModel:
-    """Load a model for inference.
-
-    Args:
-        name_or_path: "mini" (embedded), a hub name or its short name, a checkpoint folder, or a
-            LAVIS `.pth` file.
-        device: "auto" takes a GPU where there is one; otherwise what torch understands.
-        dtype: "float32", "float16", "bfloat16"; "auto" is float16 on CUDA and float32 elsewhere.
-
-    Raises:
-        CheckpointError: nothing is there, or what is there does not fit; the message names it.
-    """
-    target = _device(device)
-    number_type = _dtype(dtype, target)
-    return _load(str(name_or_path)).to(target, number_type).eval()
-
-
-def _load(name: str) -> RetrievalModel:
-    from .hub import load_hub
-
-    if name in SHORT_NAMES:
-        return load_hub(SHORT_NAMES[name])
-    path = EMBEDDED / name if name == DEFAULT_MODEL else Path(name)
-    if path.suffix == ".pth":
-        from .lavis import load_lavis
-
-        return load_lavis(path)
-    if (path / "config.json").exists() and is_own_format(path):
-        return _load_own(path)
-    on_the_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if path.is_dir() or on_the_hub:
-        return load_hub(name)
-    raise CheckpointError(
-        f"no model {name!r}: it is neither a folder, a .pth file, nor one of {', '.join(NAMES)}"
-    )
 
 
 def is_own_format(path: Path) -> bool:
@@ -77,7 +28,12 @@ def is_own_format(path: Path) -> bool:
     return "qformer" in config and "architectures" not in config
 
 
-def _load_own(path: Path) -> RetrievalModel:
+def load_own(path: Path) -> RetrievalModel:
+    """Read a folder of our format, in float32 on the CPU.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or they do not fit each other.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -186,24 +142,3 @@ def read_json(file: Path) -> dict[str, object]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} holds no JSON object")
     return data
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"device {device!r} cannot be used: {reason}") from error
-    return chosen
-
-
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype not in known:
-        raise CheckpointError(f"unknown dtype {dtype!r}: choose from auto, {', '.join(known)}")
-    return known[dtype]

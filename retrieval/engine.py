@@ -22,9 +22,9 @@ from ..indexes.base import search_any
 from ..indexes.errors import ModelMismatchError, StoreMissingError, VectorIndexError
 from ..indexes.flat import FaissIndex, faiss_build
 from ..indexes.store import SCHEMA_VERSION, ImageRecord, Manifest, Store
-from .checkpoints import DEFAULT_MODEL, NAMES, load_model
 from .errors import ImageReadError
 from .indexer import Indexer, IndexReport, OnProgress, SkippedFile, make_plan
+from .loading import DEFAULT_MODEL, NAMES, load_model
 from .model import RetrievalModel
 from .preprocess import load_image
 

@@ -41,7 +41,7 @@ class RetrievalModel(nn.Module):
     fingerprint: str  # set by `refresh_fingerprint`
 
     def __init__(self, config: ModelConfig, text_transform: TextTransform) -> None:
-        """Build with random weights; `checkpoints.load_model` fills them."""
+        """Build with random weights; `loading.load_model` fills them."""
         super().__init__()
         self.config = config
         size, qformer = config.qformer.image_token_size, config.qformer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blip2_search.cli import models
-from blip2_search.retrieval import checkpoints
+from blip2_search.retrieval import checkpoints, loading
 
 
 def test_info_is_a_table(run, engine):
@@ -32,7 +32,7 @@ def test_info_as_json(run, engine):
 
 def test_models_lists_every_name(run):
     done = run("models")
-    for name in (checkpoints.DEFAULT_MODEL, *checkpoints.SHORT_NAMES.items()):
+    for name in (loading.DEFAULT_MODEL, *loading.SHORT_NAMES.items()):
         for part in [name] if isinstance(name, str) else name:
             assert part in done.stdout
     assert "224 px" in done.stdout
@@ -54,7 +54,7 @@ def test_the_embedded_model_shows_its_size(run, monkeypatch, tmp_path):
 
 
 def test_every_published_model_is_described():
-    assert set(models._PUBLISHED) == set(checkpoints.SHORT_NAMES)
+    assert set(models._PUBLISHED) == set(loading.SHORT_NAMES)
 
 
 @pytest.mark.parametrize("command", ["info", "models"])

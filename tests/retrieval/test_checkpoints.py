@@ -9,9 +9,10 @@ import torch
 from foreign import edit_json
 from safetensors.torch import load_file, save_file
 
-from blip2_search.retrieval import checkpoints
-from blip2_search.retrieval.checkpoints import load_model, save_model
+from blip2_search.retrieval import loading
+from blip2_search.retrieval.checkpoints import save_model
 from blip2_search.retrieval.errors import CheckpointError
+from blip2_search.retrieval.loading import load_model
 from tiny import COLOURS, build_tiny_model, draw
 
 TEXTS = ["a red circle", "a blue bar on black"]
@@ -190,4 +191,4 @@ def test_unknown_device_and_dtype(folder):
 
 
 def test_short_names_are_those_of_the_hub():
-    assert checkpoints.SHORT_NAMES["blip2-itm-vit-g-coco"] == "Salesforce/blip2-itm-vit-g-coco"
+    assert loading.SHORT_NAMES["blip2-itm-vit-g-coco"] == "Salesforce/blip2-itm-vit-g-coco"

@@ -11,9 +11,9 @@ from foreign import CAPTIONS, PILLOW_PROCESSOR, VOCABULARY, edit_json, hub_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from blip2_search.retrieval.checkpoints import load_model
 from blip2_search.retrieval.errors import CheckpointError
 from blip2_search.retrieval.hub import load_hub
+from blip2_search.retrieval.loading import load_model
 from blip2_search.retrieval.model import max_over_queries
 
 CLOSE = {"atol": 1e-4, "rtol": 0}

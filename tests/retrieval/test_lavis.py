@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from foreign import CAPTIONS, hub_model, randomise, save_hub, wordpiece
 
 from blip2_search.retrieval import lavis
-from blip2_search.retrieval.checkpoints import load_model, save_model
+from blip2_search.retrieval.checkpoints import save_model
 from blip2_search.retrieval.config import EncoderConfig
 from blip2_search.retrieval.encoders import OpenClipEncoder
 from blip2_search.retrieval.errors import CheckpointError
 from blip2_search.retrieval.hub import load_hub
 from blip2_search.retrieval.lavis import load_lavis
+from blip2_search.retrieval.loading import load_model
 
 # LAVIS fixes the size of heads (64) and the epsilons, so the other side has to follow.
 VISION = {"hidden_size": 64, "num_attention_heads": 1, "layer_norm_eps": 1e-6}
