@@ -22,14 +22,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from blip2_search.retrieval.data import read_karpathy
-from blip2_search.retrieval.loading import DEFAULT_MODEL, load_model
-from blip2_search.retrieval.metrics import recall_table
-from blip2_search.retrieval.model import Precision, RetrievalModel, autocast, max_over_queries
+from ..retrieval.data import captions_and_owners, read_karpathy
+from ..retrieval.loading import DEFAULT_MODEL, load_model
+from ..retrieval.metrics import recall_table
+from ..retrieval.model import (
+    Precision,
+    RetrievalModel,
+    autocast,
+    image_features,
+    itc_similarities,
+)
 
 Scores = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
-CHUNK = 8192  # pairs that progress is shown for
+CHUNK = 512  # pairs whose image tokens are gathered at once
 
 
 def candidates(itc: Scores, k: int) -> tuple[Int64, Int64]:
@@ -79,6 +85,15 @@ def reranked(itc: Scores, itm: Scores, pairs: tuple[Int64, Int64], k: int, axis:
     return kept
 
 
+def rerank_table(
+    itc: Scores, itm: Scores, pairs: tuple[Int64, Int64], k: int, owner: Int64
+) -> dict[str, float]:
+    """Return the recall of ITM + ITC over the best k of each query, in each direction."""
+    by_text = recall_table(reranked(itc, itm, pairs, k, axis=0), owner)
+    by_image = recall_table(reranked(itc, itm, pairs, k, axis=1), owner)
+    return {name: (by_image if name.startswith("tr") else by_text)[name] for name in by_text}
+
+
 def mean_query_cosine(image_features: torch.Tensor) -> float:
     """Return how alike an image's query vectors (N, Q, E) are: mean cosine of two different ones."""
     queries = image_features.shape[1]
@@ -106,13 +121,10 @@ def evaluate(
     """
     start = time.perf_counter()
     tokens = model.image_tokens(paths)
-    with torch.inference_mode():
-        features = [model.query_pass(part).image_features for part in torch.split(tokens, 64)]
-        texts = torch.from_numpy(model.encode_texts(captions)).to(model.device)
-        itc = torch.cat([max_over_queries(part, texts) for part in features]).cpu().numpy()
+    itc = itc_similarities(model, tokens, captions)
     report: dict[str, Any] = {
         "itc": recall_table(itc, owner),
-        "mean_query_cosine": mean_query_cosine(torch.cat(features)),
+        "mean_query_cosine": mean_query_cosine(image_features(model, tokens)),
     }
     report["seconds"] = {"itc": time.perf_counter() - start}
     if k:
@@ -120,11 +132,7 @@ def evaluate(
         pairs = candidates(itc, k)
         with autocast(model, precision):
             itm = match_all(model, tokens, captions, pairs)
-        by_text = recall_table(reranked(itc, itm, pairs, k, axis=0), owner)
-        by_image = recall_table(reranked(itc, itm, pairs, k, axis=1), owner)
-        report["itc+itm"] = {
-            name: (by_image if name.startswith("tr") else by_text)[name] for name in by_text
-        }
+        report["itc+itm"] = rerank_table(itc, itm, pairs, k, owner)
         report["seconds"]["rerank"] = time.perf_counter() - start
     return report
 
@@ -146,8 +154,7 @@ def main() -> None:
 
     model = load_model(args.model)
     photos = read_karpathy(args.data, args.images, [args.split])[: args.limit]
-    captions = [caption for photo in photos for caption in photo.captions]
-    owner = np.repeat(np.arange(len(photos)), [len(photo.captions) for photo in photos])
+    captions, owner = captions_and_owners(photos)
     paths = [photo.path for photo in photos]
     report = evaluate(model, paths, captions, owner, args.rerank, args.precision)
     report |= {

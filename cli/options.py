@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,7 @@ def start_logging() -> None:
     handler.setFormatter(logging.Formatter("blip2-search: %(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF, large images: read all the same
 
 
 def index_flag(index: Path) -> str:

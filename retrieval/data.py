@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from .errors import DatasetError
 
 
@@ -53,3 +56,11 @@ def _karpathy_image(entry: dict[str, object], images: Path) -> CaptionedImage:
     return CaptionedImage(
         path=path, captions=tuple(sentence["raw"] for sentence in sentences), group=str(path)
     )
+
+
+def captions_and_owners(
+    images: Sequence[CaptionedImage],
+) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Return all captions (B), and the number of the image that each belongs to (B,)."""
+    captions = [caption for image in images for caption in image.captions]
+    return captions, np.repeat(np.arange(len(images)), [len(image.captions) for image in images])

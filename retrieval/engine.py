@@ -9,21 +9,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from ..indexes.base import search_any
 from ..indexes.errors import ModelMismatchError, StoreMissingError, VectorIndexError
 from ..indexes.flat import FaissIndex, faiss_build
 from ..indexes.store import SCHEMA_VERSION, ImageRecord, Manifest, Store
-from .errors import ImageReadError
-from .indexer import Indexer, IndexReport, OnProgress, SkippedFile, make_plan
+from .errors import CheckpointError, ImageReadError
+from .indexer import Indexer, IndexReport, OnProgress, SkippedFile, check_roots, make_plan
 from .loading import DEFAULT_MODEL, NAMES, load_model
 from .model import RetrievalModel
 from .preprocess import load_image
@@ -121,15 +122,14 @@ class SearchEngine:
             ImageReadError: one of `paths` does not exist.
         """
         start = time.perf_counter()
-        make_plan(
-            paths, self._known(rebuild)
-        )  # a mistyped path must not leave an empty index behind
+        check_roots(paths, self._known(rebuild))  # a mistyped path leaves no empty index behind
         store = self._open_or_create(rebuild)
         workers = workers or min(8, os.cpu_count() or 1)
         with store.writing():
             plan = make_plan(paths, store.records)
-            encoding = bool(plan.new or plan.changed)
-            model = self._model_of(store) if encoding else None
+            asked = self._asked is not None or self._model is not None
+            needed = asked or plan.new or plan.changed  # asked for another: say so in any case
+            model = self._model_of(store) if needed else None
             indexer = Indexer(store, plan, on_progress)
             finished = indexer.run(model, batch_size, workers)
             store.compact()
@@ -145,9 +145,9 @@ class SearchEngine:
             interrupted=not finished,
         )
 
-    def _known(self, rebuild: bool) -> list[ImageRecord]:
+    def _known(self, rebuild: bool) -> list[str]:
         try:
-            return [] if rebuild else Store.open(self.path).records
+            return [] if rebuild else [record.path for record in Store.open(self.path).records]
         except StoreMissingError:
             return []
 
@@ -213,6 +213,7 @@ class SearchEngine:
             return self._hits(images, scores, None, k)
         return self._rerank(model, query, images, scores, k)
 
+    @torch.inference_mode()
     def _rerank(
         self,
         model: RetrievalModel,
@@ -221,16 +222,17 @@ class SearchEngine:
         itc: npt.NDArray[np.float32],
         k: int,
     ) -> list[Hit]:
-        readable, photos = [], []
+        readable, pixels = [], []
         for position, image in enumerate(images):
             try:
-                photos.append(load_image(self._rows[image].path))
+                pixels.append(model.image_transform(self._rows[image].path))
                 readable.append(position)
             except ImageReadError as error:
                 log.warning("%s; left out (`blip2-search index` updates the index)", error)
         if not readable:
             return []
-        itm = model.match(model.image_tokens(photos), [text] * len(photos))
+        tokens = [model.tokens_from_pixels(torch.stack(part)) for part in _parts(pixels)]
+        itm = model.match(torch.cat(tokens), [text] * len(pixels))
         images, itc = images[readable], itc[readable]
         order = np.argsort(-(itm + itc), kind="stable")
         return self._hits(images[order], itc[order], itm[order], k)
@@ -272,7 +274,7 @@ class SearchEngine:
             model_fingerprint=manifest.model_fingerprint,
             schema_version=manifest.schema_version,
             size_on_disk=store.size_on_disk(),
-            faiss=faiss_build(),
+            faiss=_faiss_or_complaint(),
             preprocessing=manifest.preprocessing,
         )
 
@@ -290,13 +292,23 @@ class SearchEngine:
     def _model_of(self, store: Store) -> RetrievalModel:
         """Load the model that made the index, and make sure that it is still the same."""
         manifest = store.manifest
-        model = self._loaded(manifest.model_name)
+        again = "encode again with `blip2-search index --rebuild FOLDER`"
+        given = self._asked is not None or self._model is not None
+        try:
+            model = self._loaded(manifest.model_name)
+        except CheckpointError as error:
+            if given:
+                raise
+            raise ModelMismatchError(
+                f"The index in {self.path} was made by {manifest.model_name!r}, which cannot be "
+                f"loaded ({error}): say where it is now with --model, or {again}."
+            ) from error
         if model.fingerprint != manifest.model_fingerprint:
+            own = "ask without --model to use the index's own" if given else "bring that model back"
             raise ModelMismatchError(
                 f"The index in {self.path} was made by {manifest.model_name!r} "
-                f"({manifest.model_fingerprint}), not by {model.config.name!r} "
-                f"({model.fingerprint}): ask without --model to use the index's own, or encode again "
-                f"with `blip2-search index --rebuild FOLDER`."
+                f"({manifest.model_fingerprint}), not by this {model.config.name!r} "
+                f"({model.fingerprint}): {own}, or {again}."
             )
         return model
 
@@ -304,3 +316,15 @@ class SearchEngine:
         if self._model is None:
             self._model = load_model(self._asked or default, device=self.device)
         return self._model
+
+
+def _parts(pixels: list[torch.Tensor], size: int = 32) -> Iterator[list[torch.Tensor]]:
+    for start in range(0, len(pixels), size):
+        yield pixels[start : start + size]
+
+
+def _faiss_or_complaint() -> str:
+    try:
+        return faiss_build()
+    except VectorIndexError as error:
+        return str(error)

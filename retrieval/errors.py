@@ -2,10 +2,11 @@
 
 The root of the tree is `indexes.errors.Blip2SearchError`:
 
-Blip2SearchError
-├── ImageReadError       a file that is no readable image
-├── CheckpointError      a checkpoint that is missing, incomplete or of another shape
-└── DatasetError         a caption file that cannot be used
+    Blip2SearchError
+    ├── ImageReadError       a file that is no readable image
+    ├── CheckpointError      a checkpoint that is missing, incomplete or of another shape
+    ├── DeviceMemoryError    a batch that does not fit into the GPU's memory
+    └── DatasetError         a caption file that cannot be used
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ class ImageReadError(Blip2SearchError):
 
 class CheckpointError(Blip2SearchError):
     """The checkpoint cannot be loaded; the message names the key, shape or file at fault."""
+
+
+class DeviceMemoryError(Blip2SearchError):
+    """A batch does not fit into the GPU's memory."""
 
 
 class DatasetError(Blip2SearchError):

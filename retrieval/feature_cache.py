@@ -69,7 +69,8 @@ def _cache_key(model: RetrievalModel, paths: Sequence[Path], settings: str) -> s
     digest = hashlib.blake2b(f"{settings} {model.config.preprocess}".encode(), digest_size=12)
     digest.update(repr(model.config.encoder).encode())
     for name, tensor in sorted(model.image_encoder.state_dict().items()):
-        digest.update(name.encode() + tensor.flatten()[:64].float().cpu().numpy().tobytes())
+        # In half precision, so that a checkpoint stored in it finds the same cache.
+        digest.update(name.encode() + tensor.flatten()[:64].half().cpu().numpy().tobytes())
     for path in paths:
         digest.update(f"{path}\0{path.stat().st_size}\0".encode())
     return digest.hexdigest()
@@ -102,7 +103,7 @@ def _views(model: RetrievalModel, path: Path, views: int, seed: int) -> Tensor:
     transform = model.image_transform
     generator = np.random.default_rng(seed)
     crops = [_random_crop(image, transform.size, generator) for _ in range(views - 1)]
-    return torch.stack([transform(image), *map(transform.to_pixels, crops)])
+    return torch.stack([transform.squash(image), *map(transform.normalise, crops)])
 
 
 def _random_crop(

@@ -11,12 +11,13 @@ import io
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
+from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..indexes.files import HASH_BYTES
 from ..indexes.store import ImageRecord, Store
-from .errors import ImageReadError
+from .errors import DeviceMemoryError, ImageReadError
 from .model import RetrievalModel
 from .preprocess import ImageTransform, load_image
 
@@ -81,11 +82,8 @@ def make_plan(paths: Sequence[str | Path], records: Iterable[ImageRecord]) -> Pl
     """
     plan = Plan()
     known = {record.path: record for record in records}
-    roots = [os.path.abspath(path) for path in paths]
+    roots = check_roots(paths, known)
     found = _scan(roots, plan.skipped)
-    for root in roots:
-        if not os.path.lexists(root) and not any(_is_under(path, [root]) for path in known):
-            raise ImageReadError("no such file or folder", root)
     for path in found:
         record = known.get(path)
         if record is None:
@@ -94,19 +92,35 @@ def make_plan(paths: Sequence[str | Path], records: Iterable[ImageRecord]) -> Pl
             plan.changed.append(path)
         else:
             plan.unchanged += 1
-    present = set(found)
-    plan.vanished = [path for path in known if path not in present and _is_gone(path, roots)]
+    gone = (path for path in known.keys() - set(found) if _is_under(path, roots))
+    plan.vanished = [path for path in gone if _is_gone(path)]
     return plan
 
 
-def _scan(roots: Sequence[str], skipped: list[SkippedFile]) -> list[str]:
+def check_roots(paths: Sequence[str | Path], known: Iterable[str]) -> dict[str, None]:
+    """Return the absolute paths of files and folders to index, each once, in their order.
+
+    Raises:
+        ImageReadError: one of them neither exists nor has anything of `known` below it.
+    """
+    if isinstance(paths, (str, Path)):
+        raise TypeError("paths is a sequence of paths: write [path] for a single one")
+    roots = {os.path.abspath(path): None for path in paths}
+    for root in roots:
+        if not os.path.lexists(root) and not any(_is_under(path, {root: None}) for path in known):
+            raise ImageReadError("no such file or folder", root)
+    return roots
+
+
+def _scan(roots: Iterable[str], skipped: list[SkippedFile]) -> list[str]:
     def complain(error: OSError) -> None:
         skipped.append(SkippedFile(str(error.filename), error.strerror or str(error)))
 
     found: dict[str, None] = {}  # a set that keeps the order
     for root in roots:
-        if os.path.isfile(root):
+        if not os.path.isdir(root):
             found[root] = None
+            continue
         for folder, subfolders, names in os.walk(root, onerror=complain):
             subfolders.sort()
             for name in sorted(names):
@@ -123,12 +137,19 @@ def _differs(path: str, record: ImageRecord) -> bool:
     return (stat.st_size, stat.st_mtime_ns) != (record.size, record.mtime_ns)
 
 
-def _is_gone(path: str, roots: Sequence[str]) -> bool:
-    return _is_under(path, roots) and not os.path.exists(path)
+def _is_gone(path: str) -> bool:
+    """Tell a file that is there no more from one that cannot be reached at the moment."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
-def _is_under(path: str, roots: Sequence[str]) -> bool:
-    return any(path == root or path.startswith(os.path.join(root, "")) for root in roots)
+def _is_under(path: str, roots: Mapping[str, None]) -> bool:
+    return path in roots or any(str(parent) in roots for parent in PurePath(path).parents)
 
 
 class _Decoded(NamedTuple):
@@ -139,6 +160,8 @@ class _Decoded(NamedTuple):
 def _decode(path: str, transform: ImageTransform) -> _Decoded | SkippedFile:
     try:
         stat = os.stat(path)
+        if not S_ISREG(stat.st_mode):  # a pipe would be waited for, for ever
+            return SkippedFile(path, "not a regular file")
         data = Path(path).read_bytes()  # once, for the hash and the decoder
         image = load_image(io.BytesIO(data))
     except ImageReadError as error:
@@ -153,7 +176,7 @@ def _decode(path: str, transform: ImageTransform) -> _Decoded | SkippedFile:
         width=image.width,
         height=image.height,
     )
-    return _Decoded(record, transform(image))
+    return _Decoded(record, transform.squash(image))
 
 
 def _decode_ahead(
@@ -233,8 +256,14 @@ class Indexer:
 
     @torch.inference_mode()
     def _encode(self, model: RetrievalModel, batch: Sequence[_Decoded]) -> None:
-        tokens = model.tokens_from_pixels(torch.stack([item.pixels for item in batch]))
-        features = model.query_pass(tokens).image_features
+        pixels = torch.stack([item.pixels for item in batch])
+        try:
+            features = model.query_pass(model.tokens_from_pixels(pixels)).image_features
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"{len(batch)} images do not fit into the GPU's memory: try a smaller --batch-size, "
+                "or --device cpu; what was encoded is kept"
+            ) from error
         self._features.append(features.to("cpu", torch.float16).numpy())
         self._records.extend(item.record for item in batch)
         late = time.monotonic() - self._last_commit > COMMIT_SECONDS
@@ -243,7 +272,8 @@ class Indexer:
 
     def _commit(self) -> None:
         replaced = [record.path for record in self._records if record.path in self._old]
-        self.store.remove(replaced + self._stale)
+        # New paths too: Ctrl-C may have come between an append's commit and here.
+        self.store.remove([record.path for record in self._records] + self._stale)
         if self._records:
             self.store.append(self._records, np.concatenate(self._features))
         self.updated += len(replaced)

@@ -40,7 +40,7 @@ def load_model(
     Raises:
         CheckpointError: nothing is there, or what is there does not fit; the message names it.
     """
-    target = _device(device)
+    target = pick_device(device)
     number_type = _dtype(dtype, target)
     return _load(str(name_or_path)).to(target, number_type).eval()
 
@@ -61,7 +61,12 @@ def _load(name: str) -> RetrievalModel:
     )
 
 
-def _device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
+    """Return the device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

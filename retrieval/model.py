@@ -220,6 +220,23 @@ def max_over_queries(image_features: Tensor, text_features: Tensor) -> Tensor:
         return torch.einsum("nqe,be->nbq", image_features, text_features).amax(dim=-1)
 
 
+@torch.inference_mode()
+def image_features(model: RetrievalModel, image_tokens: Tensor, batch_size: int = 64) -> Tensor:
+    """Return ITC features (N, Q, E) of image tokens (N, P, D), a batch at a time."""
+    parts = torch.split(image_tokens, batch_size)
+    return torch.cat([model.query_pass(part).image_features for part in parts])
+
+
+@torch.inference_mode()
+def itc_similarities(
+    model: RetrievalModel, image_tokens: Tensor, captions: Sequence[str]
+) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """Return ITC similarities (N, B), float32, of image tokens (N, P, D) and captions."""
+    texts = torch.from_numpy(model.encode_texts(captions)).to(model.device)
+    parts = torch.split(image_features(model, image_tokens), 64)
+    return torch.cat([max_over_queries(part, texts) for part in parts]).cpu().numpy()
+
+
 def autocast(model: RetrievalModel, precision: Precision) -> AbstractContextManager[object]:
     """Return the context in which the model computes in this precision."""
     if precision == "fp32":

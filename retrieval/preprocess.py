@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 
 ImageLike = str | os.PathLike[str] | Image.Image
 
-_DECODER_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, struct.error,
-)  # fmt: skip
 _BLANKED = re.compile(r"[.!\"()*#:;~]")
 _SPACES = re.compile(r"\s{2,}")
 
@@ -45,8 +41,8 @@ def load_image(image: ImageLike | BinaryIO) -> Image.Image:
             return _upright_rgb(image)
         with Image.open(image) as opened:
             return _upright_rgb(opened)
-    # Pillow's decoders raise what they find: SyntaxError for a broken PNG, struct.error for a TIFF.
-    except (*_DECODER_ERRORS, Image.DecompressionBombError) as error:
+    # Pillow's decoders and its EXIF reader raise whatever a damaged file leads them to.
+    except Exception as error:
         path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
         raise ImageReadError(_reason(error), path) from error
 
@@ -62,13 +58,13 @@ def _reason(error: Exception) -> str:
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+    if upright.mode.startswith("I;16"):
+        # convert("RGB") clips 16-bit grey at 255; scale it instead.
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    elif upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         # On white, as a viewer shows it; the colour behind transparent pixels is arbitrary.
         rgba = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    elif upright.mode.startswith("I;16"):
-        # convert("RGB") clips 16-bit grey at 255; scale it instead.
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     return upright.convert("RGB")
 
 
@@ -87,10 +83,14 @@ class ImageTransform:
         Raises:
             ImageReadError: see `load_image`.
         """
-        return self.to_pixels(load_image(image).resize(self.size, Image.Resampling.BICUBIC))
+        return self.squash(load_image(image))
 
-    def to_pixels(self, image: Image.Image) -> Tensor:
-        """Normalise an RGB image that already has the right size: (3, S, S), float32."""
+    def squash(self, image: Image.Image) -> Tensor:
+        """Return pixels of an image that `load_image` gave: (3, S, S), float32."""
+        return self.normalise(image.resize(self.size, Image.Resampling.BICUBIC))
+
+    def normalise(self, image: Image.Image) -> Tensor:
+        """Return pixels of an RGB image that already has the right size: (3, S, S), float32."""
         array = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return (array.float() / 255 - self.mean) / self.std
 

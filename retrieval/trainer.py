@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .data import CaptionedImage
 from .losses import itc_loss, itg_loss, itm_loss
-from .model import Precision, RetrievalModel, autocast, max_over_queries
+from .model import Precision, RetrievalModel, autocast
 from .preprocess import TextBatch
 
 log = logging.getLogger(__name__)
@@ -126,6 +126,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate * group["base_lr"]
         tokens, captions, group_ids = next(batches)
+        tokens, group_ids = tokens.to(model.device), group_ids.to(model.device)
         with autocast(model, config.precision):
             losses = step_losses(model, tokens, model.tokenize(captions), group_ids, config, step)
         total = (
@@ -205,22 +206,3 @@ def _log(file: Path | None, entry: dict[str, Any]) -> None:
     if file is not None:
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
-
-
-@torch.inference_mode()
-def itc_scores(
-    model: RetrievalModel, encoder_tokens: TokenCache, captions: Sequence[str], batch: int = 64
-) -> npt.NDArray[np.float32]:
-    """Return ITC similarities (N, B) of cached tokens (N, P, D) and captions, for validation."""
-    features = [
-        model.query_pass(_tokens(model, encoder_tokens[i : i + batch])).image_features
-        for i in range(0, len(encoder_tokens), batch)
-    ]
-    texts = torch.from_numpy(model.encode_texts(captions)).to(model.device)
-    scores = [max_over_queries(part, texts) for part in features]
-    return torch.cat(scores).cpu().numpy()
-
-
-def _tokens(model: RetrievalModel, encoder_tokens: TokenCache) -> Tensor:
-    tokens = torch.from_numpy(np.array(encoder_tokens))  # a copy: the cache is read-only
-    return model.normalise_tokens(tokens.to(model.device, model.dtype))

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tomllib
-
 import blip2_search
 
 if sys.version_info >= (3, 11):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from blip2_search.indexes.errors import (
@@ -13,10 +14,11 @@ from blip2_search.indexes.errors import (
     StoreMissingError,
     VectorIndexError,
 )
+from blip2_search.indexes.store import Store
 from blip2_search.retrieval import indexer
 from blip2_search.retrieval.checkpoints import save_model
 from blip2_search.retrieval.engine import SearchEngine
-from blip2_search.retrieval.errors import ImageReadError
+from blip2_search.retrieval.errors import DeviceMemoryError, ImageReadError
 from tiny import build_tiny_model, draw
 
 
@@ -189,3 +191,71 @@ def test_a_candidate_that_vanished_is_left_out_and_told(engine, photos, caplog):
     hits = engine.search("a red circle", k=18)
     assert len(hits) == 17
     assert "red circle.png" in caplog.text
+
+
+def test_a_file_is_a_root_too(photos, tmp_path, tiny_model):
+    engine = SearchEngine(tmp_path / "index", tiny_model)
+    report = engine.add([photos / "red bar.png", photos / "blue bar.png"])
+    assert (report.added, report.skipped) == (2, ())
+    with pytest.raises(TypeError, match="sequence of paths"):
+        engine.add(str(photos))
+
+
+def test_a_pipe_is_skipped_and_not_waited_for(engine, photos):
+    os.mkfifo(photos / "pipe.jpg")
+    (skipped,) = engine.add([photos]).skipped
+    assert skipped == (str(photos / "pipe.jpg"), "not a regular file")
+
+
+def test_what_cannot_be_reached_has_not_vanished(engine, photos, monkeypatch):
+    def refuse(path, *arguments, **more):
+        if str(path).endswith("blue bar.png"):
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, *arguments, **more)
+
+    stat = os.stat
+    shutil.move(photos / "blue bar.png", photos.parent)  # so that the scan does not see it
+    monkeypatch.setattr(os, "stat", refuse)
+    assert engine.add([photos]).removed == 0
+    monkeypatch.undo()
+    assert engine.add([photos]).removed == 1
+
+
+def test_another_model_is_refused_with_nothing_to_encode(engine, photos):
+    with pytest.raises(ModelMismatchError, match="--rebuild"):
+        SearchEngine(engine.path, build_tiny_model("other", seed=7)).add([photos])
+
+
+def test_a_model_that_moved_is_a_clear_error(photos, tmp_path, tiny_model):
+    save_model(tiny_model, tmp_path / "model")
+    SearchEngine(tmp_path / "index", str(tmp_path / "model")).add([photos])
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(ModelMismatchError, match="say where it is now with --model"):
+        SearchEngine(tmp_path / "index").search("a bar")
+    assert SearchEngine(tmp_path / "index", str(tmp_path / "moved")).search("a bar", k=1)
+
+
+def test_an_interrupt_inside_a_commit_appends_nothing_twice(
+    photos, tmp_path, tiny_model, monkeypatch
+):
+    append = Store.append
+
+    def interrupted(self, records, features):
+        append(self, records, features)
+        monkeypatch.setattr(Store, "append", append)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(indexer, "COMMIT_IMAGES", 8)
+    monkeypatch.setattr(Store, "append", interrupted)
+    report = SearchEngine(tmp_path / "index", tiny_model).add([photos], batch_size=4)
+    assert report.interrupted
+    assert report.total == report.added == 8
+
+
+def test_too_little_gpu_memory_is_one_sentence(photos, tmp_path, tiny_model, monkeypatch):
+    def overflow(self, pixels):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(type(tiny_model), "tokens_from_pixels", overflow)
+    with pytest.raises(DeviceMemoryError, match="--batch-size"):
+        SearchEngine(tmp_path / "index", tiny_model).add([photos])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from foreign import wordpiece
-from PIL import Image
+from PIL import Image, ImageOps
 
 from blip2_search.retrieval.config import CLIP_MEAN, CLIP_STD, PreprocessConfig
 from blip2_search.retrieval.errors import ImageReadError
@@ -193,3 +193,12 @@ def test_the_given_image_is_left_alone():
     image = halves(RED, BLUE)
     ImageTransform(PreprocessConfig(image_size=8))(image)
     assert image.size == (40, 20)
+
+
+def test_whatever_a_decoder_raises_is_an_unreadable_image(monkeypatch):
+    def stumble(image):
+        raise TypeError("bad operand type for abs()")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", stumble)
+    with pytest.raises(ImageReadError, match="bad operand"):
+        load_image(Image.new("RGB", (4, 4)))
