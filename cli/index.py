@@ -48,7 +48,8 @@ def index(
     """Index photographs, so that `query` finds them.
 
     Run it again after changes: only new and changed files are encoded, and vanished ones are dropped.
-    Files that cannot be read are skipped and counted. Ctrl-C keeps what is done.
+    Files that cannot be read are skipped and counted, linked folders are not followed. Ctrl-C keeps
+    what is done.
 
     JPEG, PNG, WebP, GIF (first frame), BMP and TIFF.
 
