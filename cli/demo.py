@@ -42,7 +42,7 @@ QUERIES = (
     "a cup of coffee on a table",
     "an astronaut in an orange suit",
     "a red motorcycle",
-    "a rocket at night",
+    "stars in the night sky",
     "a man with a camera on a tripod",
 )
 HITS = 4
@@ -89,7 +89,7 @@ def demo(
     sheet.save(file, optimize=True)
     render.print_path(file)
     flag = shlex.quote(str(index))
-    render.say(f'Look at it, then ask: blip2-search query "stars in the sky" --index {flag}')
+    render.say(f'Look at it, then ask: blip2-search query "an old coin" --index {flag}')
 
 
 def find_photos() -> list[Path]:
