@@ -121,10 +121,11 @@ def evaluate(
     """
     start = time.perf_counter()
     tokens = model.image_tokens(paths)
-    itc = itc_similarities(model, tokens, captions)
+    features = image_features(model, tokens)
+    itc = itc_similarities(model, features, captions)
     report: dict[str, Any] = {
         "itc": recall_table(itc, owner),
-        "mean_query_cosine": mean_query_cosine(image_features(model, tokens)),
+        "mean_query_cosine": mean_query_cosine(features),
     }
     report["seconds"] = {"itc": time.perf_counter() - start}
     if k:

@@ -31,7 +31,7 @@ from ..retrieval.errors import DatasetError
 from ..retrieval.feature_cache import encoder_tokens
 from ..retrieval.loading import pick_device
 from ..retrieval.metrics import recall_table
-from ..retrieval.model import Precision, RetrievalModel, autocast, itc_similarities
+from ..retrieval.model import Precision, RetrievalModel, autocast, image_features, itc_similarities
 from ..retrieval.preprocess import TextTransform
 from ..retrieval.trainer import TrainConfig, train
 from .recall import candidates, match_all, rerank_table
@@ -166,7 +166,7 @@ def calibrate_itm(
     """
     captions, owner = captions_and_owners(photos)
     tokens = model.image_tokens([photo.path for photo in photos])
-    itc = itc_similarities(model, tokens, captions)
+    itc = itc_similarities(model, image_features(model, tokens), captions)
     pairs = candidates(itc, CALIBRATION_RERANK)
     with autocast(model, precision):
         itm = match_all(model, tokens, captions, pairs)
@@ -227,7 +227,8 @@ def main() -> None:
         save_model(model, args.out, dtype=torch.float16)  # a killed run leaves the last one
         with torch.inference_mode():
             tokens = model.normalise_tokens(val.to(model.device, model.dtype))
-        return recall_table(itc_similarities(model, tokens, captions), owner)
+        features = image_features(model, tokens)
+        return recall_table(itc_similarities(model, features, captions), owner)
 
     args.out.mkdir(parents=True, exist_ok=True)
     train(model, photos, cache, config, log_file=args.out / "log.jsonl", validate=validate)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from .errors import CheckpointError, ImageReadError
 from .indexer import Indexer, IndexReport, OnProgress, SkippedFile, check_roots, make_plan
 from .loading import DEFAULT_MODEL, NAMES, load_model
 from .model import RetrievalModel
-from .preprocess import load_image
 
 __all__ = ["Hit", "IndexInfo", "IndexReport", "SearchEngine", "SkippedFile"]
 
@@ -88,6 +87,7 @@ class SearchEngine:
         """
         self.path = Path(index_path)
         self.device = device
+        self._given = model is not None
         self._asked = None if isinstance(model, RetrievalModel) else model
         self._model = model if isinstance(model, RetrievalModel) else None
         self._rows: list[ImageRecord] = []
@@ -127,8 +127,7 @@ class SearchEngine:
         workers = workers or min(8, os.cpu_count() or 1)
         with store.writing():
             plan = make_plan(paths, store.records)
-            asked = self._asked is not None or self._model is not None
-            needed = asked or plan.new or plan.changed  # asked for another: say so in any case
+            needed = self._given or plan.new or plan.changed  # given another: say so in any case
             model = self._model_of(store) if needed else None
             indexer = Indexer(store, plan, on_progress)
             finished = indexer.run(model, batch_size, workers)
@@ -204,7 +203,7 @@ class SearchEngine:
             raise VectorIndexError("k must be at least 1 and rerank at least 0")
         index, model = self._ready()
         if not isinstance(query, str):
-            features = model.encode_images([load_image(query)])[0]
+            features = model.encode_images([query])[0]
             scores, images = search_any(index, features, k)
             return self._hits(images, scores, None, k)
         found = index.search(model.encode_texts([query]), max(k, rerank) if rerank else k)
@@ -231,7 +230,8 @@ class SearchEngine:
                 log.warning("%s; left out (`blip2-search index` updates the index)", error)
         if not readable:
             return []
-        tokens = [model.tokens_from_pixels(torch.stack(part)) for part in _parts(pixels)]
+        parts = torch.split(torch.stack(pixels), 32)
+        tokens = [model.tokens_from_pixels(part) for part in parts]
         itm = model.match(torch.cat(tokens), [text] * len(pixels))
         images, itc = images[readable], itc[readable]
         order = np.argsort(-(itm + itc), kind="stable")
@@ -293,18 +293,21 @@ class SearchEngine:
         """Load the model that made the index, and make sure that it is still the same."""
         manifest = store.manifest
         again = "encode again with `blip2-search index --rebuild FOLDER`"
-        given = self._asked is not None or self._model is not None
         try:
             model = self._loaded(manifest.model_name)
         except CheckpointError as error:
-            if given:
+            if self._given:
                 raise
             raise ModelMismatchError(
                 f"The index in {self.path} was made by {manifest.model_name!r}, which cannot be "
                 f"loaded ({error}): say where it is now with --model, or {again}."
             ) from error
         if model.fingerprint != manifest.model_fingerprint:
-            own = "ask without --model to use the index's own" if given else "bring that model back"
+            own = (
+                "ask without --model to use the index's own"
+                if self._given
+                else "bring that model back"
+            )
             raise ModelMismatchError(
                 f"The index in {self.path} was made by {manifest.model_name!r} "
                 f"({manifest.model_fingerprint}), not by this {model.config.name!r} "
@@ -316,11 +319,6 @@ class SearchEngine:
         if self._model is None:
             self._model = load_model(self._asked or default, device=self.device)
         return self._model
-
-
-def _parts(pixels: list[torch.Tensor], size: int = 32) -> Iterator[list[torch.Tensor]]:
-    for start in range(0, len(pixels), size):
-        yield pixels[start : start + size]
 
 
 def _faiss_or_complaint() -> str:

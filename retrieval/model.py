@@ -229,11 +229,11 @@ def image_features(model: RetrievalModel, image_tokens: Tensor, batch_size: int 
 
 @torch.inference_mode()
 def itc_similarities(
-    model: RetrievalModel, image_tokens: Tensor, captions: Sequence[str]
+    model: RetrievalModel, image_features: Tensor, captions: Sequence[str]
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """Return ITC similarities (N, B), float32, of image tokens (N, P, D) and captions."""
+    """Return ITC similarities (N, B), float32, of image features (N, Q, E) and captions."""
     texts = torch.from_numpy(model.encode_texts(captions)).to(model.device)
-    parts = torch.split(image_features(model, image_tokens), 64)
+    parts = torch.split(image_features, 64)  # bounds the (64, B, Q) products
     return torch.cat([max_over_queries(part, texts) for part in parts]).cpu().numpy()
 
 

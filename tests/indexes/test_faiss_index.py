@@ -29,15 +29,10 @@ def assert_same(index, oracle, queries, k):
     assert found.scores.tobytes() == expected.scores.tobytes()
 
 
-@pytest.fixture(params=["default", "fetch", "scan"])
-def way(request, monkeypatch):
-    """Force each of the two ways, from the most meagre first fetch."""
-    if request.param == "fetch":
-        monkeypatch.setattr(flat, "_FIRST_FETCH", 1)
-        monkeypatch.setattr(flat, "_GROWTH", 2)
-        monkeypatch.setattr(flat, "_SCAN_SHARE", 1)
-    if request.param == "scan":
-        monkeypatch.setattr(flat, "_SCAN_SHARE", float("inf"))
+@pytest.fixture(params=["default", "fetching", "scanning"])
+def way(request, force):
+    """Take the way that the index chooses, and force each of the two."""
+    force(request.param)
     return request.param
 
 

@@ -6,7 +6,6 @@ The features are small whole numbers: every similarity is exact, and many of the
 import numpy as np
 import pytest
 
-from blip2_search.indexes import flat
 from blip2_search.indexes.base import search_any
 from blip2_search.indexes.errors import Blip2SearchError, VectorIndexError
 from blip2_search.indexes.exact import ExactIndex
@@ -14,16 +13,11 @@ from blip2_search.indexes.flat import FaissIndex
 
 
 @pytest.fixture(params=["exact", "faiss", "faiss by fetching", "faiss by scanning"])
-def build(request, monkeypatch):
+def build(request, force):
     """Return what makes an index; FAISS also with each of its two ways alone."""
     if request.param == "exact":
         return ExactIndex
-    if request.param == "faiss by fetching":
-        monkeypatch.setattr(flat, "_FIRST_FETCH", 1)
-        monkeypatch.setattr(flat, "_GROWTH", 2)
-        monkeypatch.setattr(flat, "_SCAN_SHARE", 1)
-    if request.param == "faiss by scanning":
-        monkeypatch.setattr(flat, "_SCAN_SHARE", float("inf"))
+    force(request.param.removeprefix("faiss by "))
     return FaissIndex
 
 

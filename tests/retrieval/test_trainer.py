@@ -11,7 +11,7 @@ from blip2_search.retrieval.data import CaptionedImage, read_karpathy
 from blip2_search.retrieval.errors import DatasetError
 from blip2_search.retrieval.feature_cache import encoder_tokens
 from blip2_search.retrieval.metrics import recall_table
-from blip2_search.retrieval.model import itc_similarities
+from blip2_search.retrieval.model import image_features, itc_similarities
 from blip2_search.retrieval.trainer import (
     TrainConfig,
     learning_rate,
@@ -71,7 +71,8 @@ def test_a_tiny_model_learns_drawn_shapes(shapes, tmp_path):
         first, last = (np.mean([h[loss] for h in part]) for part in (history[:10], history[-10:]))
         assert last < 0.8 * first, loss
     tokens = model.normalise_tokens(torch.from_numpy(np.array(cache[:, 0])).float())
-    scores = itc_similarities(model, tokens, [s.captions[0] for s in shapes])
+    features = image_features(model, tokens)
+    scores = itc_similarities(model, features, [s.captions[0] for s in shapes])
     assert recall_table(scores, np.arange(18), ks=(1,))["ir@1"] > 90
     after = model.image_encoder.state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(encoder_before, after, strict=True))
