@@ -18,7 +18,7 @@ demo: install
 dev: $(VENV)/dev
 
 $(VENV)/dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --editable ".[demo,dev]"
+	$(BIN)/pip install --quiet --editable ".[demo,dev,train]"
 	mkdir -p .types && ln -sfn .. .types/blip2_search
 	touch $@
 

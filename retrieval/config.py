@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+T = TypeVar("T")
 EncoderKind = Literal["timm", "open_clip", "blip2_vision"]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -118,14 +119,17 @@ class ModelConfig:
         values = dict(data)
         for key, part in parts.items():
             if key in values:
-                values[key] = _build(part, values[key], key)
-        built = _build(cls, values, "model")
-        assert isinstance(built, cls)
-        return built
+                values[key] = build_dataclass(part, values[key], key)
+        return build_dataclass(cls, values, "model")
 
 
-def _build(cls: type[Any], data: Mapping[str, Any], where: str) -> Any:
-    unknown = sorted(set(data) - {f.name for f in fields(cls)})
+def build_dataclass(cls: type[T], data: Mapping[str, Any], where: str) -> T:
+    """Build a dataclass from a mapping.
+
+    Raises:
+        ValueError: an unknown or missing field, named, or a value that `__post_init__` refuses.
+    """
+    unknown = sorted(set(data) - {f.name for f in fields(cls)})  # type: ignore[arg-type]
     if unknown:
         raise ValueError(f"unknown field(s) in the {where} configuration: {', '.join(unknown)}")
     try:

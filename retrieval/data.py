@@ -1,16 +1,32 @@
-"""Captioned images for training and evaluation."""
+"""Captioned images for training and evaluation, read from the files that people have.
+
+A Karpathy split file (Flickr8k, Flickr30K, COCO), a CSV or Parquet table of paths and captions, or a
+JSON list of labelled photographs. Shards of webdataset are streamed instead: see `batches.py`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import DatasetError
+from .errors import DatasetError, EmptySplitError
+
+PATH_COLUMNS = ("path", "image", "filepath", "filename", "file_name")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title")
+TEMPLATES = (  # of captions for a photograph that has a label only
+    "{}",
+    "a photo of {}",
+    "a picture of {}",
+    "a close-up of {}",
+    "a photograph showing {}",
+    "there is {} in the picture",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +36,25 @@ class CaptionedImage:
     path: Path
     captions: tuple[str, ...]
     group: str  # images of one group match each other's captions; by default an image's own path
+
+
+def read_captioned(file: Path, images: Path, splits: Sequence[str]) -> list[CaptionedImage]:
+    """Read captioned images from a file of any format that is understood; see the readers below.
+
+    Args:
+        file: `.json`, `.csv`, `.tsv` or `.parquet`.
+        images: the folder that the paths in it are relative to.
+        splits: the splits wanted, where the file has any; a file without belongs to "train".
+
+    Raises:
+        DatasetError: the file is missing, of another format, or has nothing in these splits.
+    """
+    suffix = file.suffix.lower()
+    if suffix in (".csv", ".tsv", ".parquet"):
+        return read_table(file, images, splits)
+    if suffix != ".json":
+        raise DatasetError(f"{file}: captions come as .json, .csv, .tsv, .parquet or .tar shards")
+    return _read_json(file, images, splits)
 
 
 def read_karpathy(
@@ -35,27 +70,67 @@ def read_karpathy(
     Raises:
         DatasetError: the file is missing, of another format, or has no image in these splits.
     """
+    data = _load_json(file)
+    if not isinstance(data, dict):
+        raise DatasetError(f"{file} is not in Karpathy's format: it holds no object")
+    return _karpathy_images(file, data, images, splits)
+
+
+def read_table(
+    file: Path, images: Path, splits: Sequence[str] = ("train",)
+) -> list[CaptionedImage]:
+    """Read a CSV, TSV or Parquet table: a column of paths, one of captions, perhaps one of splits.
+
+    Rows of one path are captions of one image; a cell of a Parquet table may also hold a list.
+
+    Raises:
+        DatasetError: the table cannot be read, lacks a column, or has no row in these splits.
+    """
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))["images"]
-        wanted = [entry for entry in entries if entry["split"] in splits]
-        found = [_karpathy_image(entry, images) for entry in wanted]
+        if file.suffix.lower() == ".parquet":
+            table = parquet.read_table(file)
+        else:
+            delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+            table = csv.read_csv(
+                file,
+                parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            )
     except OSError as error:
-        raise DatasetError(f"cannot read {file}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"{file} is not in Karpathy's format: {error!r}") from error
-    if not found:
-        raise DatasetError(f"{file} has no image in the split(s) {', '.join(splits)}")
-    return found
+        raise DatasetError(f"cannot read {file}: {error.strerror or error}") from error
+    except pa.ArrowException as error:
+        raise DatasetError(f"cannot read {file}: {error}") from error
+    names = table.column_names
+    path = _column(file, names, PATH_COLUMNS)
+    caption = _column(file, names, CAPTION_COLUMNS)
+    captions: dict[str, list[str]] = {}
+    for row in table.select([path, caption, *(["split"] if "split" in names else [])]).to_pylist():
+        if row.get("split", "train") not in splits or not row[path] or not row[caption]:
+            continue
+        cell = row[caption]
+        captions.setdefault(str(row[path]), []).extend([cell] if isinstance(cell, str) else cell)
+    found = [
+        CaptionedImage(path=images / name, captions=tuple(of), group=str(images / name))
+        for name, of in captions.items()
+    ]
+    return _not_empty(found, file, splits)
 
 
-def _karpathy_image(entry: dict[str, object], images: Path) -> CaptionedImage:
-    path = images / str(entry.get("filepath", "")) / str(entry["filename"])
-    sentences = entry["sentences"]
-    if not isinstance(sentences, list):
-        raise TypeError("sentences is no list")
-    return CaptionedImage(
-        path=path, captions=tuple(sentence["raw"] for sentence in sentences), group=str(path)
-    )
+def read_labelled(file: Path, images: Path) -> list[CaptionedImage]:
+    """Read labelled photographs: a JSON list of {"filename", "label", perhaps "wnid"}.
+
+    Captions come from the label through templates, and from its synonyms where its WordNet id is one
+    of ImageNet's. Photographs of one class form a group: none is a negative of another.
+
+    Raises:
+        DatasetError: the file is missing or of another format.
+    """
+    data = _load_json(file)
+    if not isinstance(data, list):
+        raise DatasetError(f"{file} holds no list of labelled photographs")
+    return _labelled_images(file, data, images)
 
 
 def captions_and_owners(
@@ -64,3 +139,79 @@ def captions_and_owners(
     """Return all captions (B), and the number of the image that each belongs to (B,)."""
     captions = [caption for image in images for caption in image.captions]
     return captions, np.repeat(np.arange(len(images)), [len(image.captions) for image in images])
+
+
+def _read_json(file: Path, images: Path, splits: Sequence[str]) -> list[CaptionedImage]:
+    data = _load_json(file)
+    if isinstance(data, dict):
+        return _karpathy_images(file, data, images, splits)
+    labelled = _labelled_images(file, data, images) if isinstance(data, list) else []
+    return _not_empty(labelled if "train" in splits else [], file, splits)
+
+
+def _load_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DatasetError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise DatasetError(f"{file} is no JSON: {error}") from error
+
+
+def _karpathy_images(
+    file: Path, data: Mapping[str, Any], images: Path, splits: Sequence[str]
+) -> list[CaptionedImage]:
+    try:
+        wanted = [entry for entry in data["images"] if entry["split"] in splits]
+        found = [_karpathy_image(entry, images) for entry in wanted]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"{file} is not in Karpathy's format: {error!r}") from error
+    return _not_empty(found, file, splits)
+
+
+def _karpathy_image(entry: Mapping[str, Any], images: Path) -> CaptionedImage:
+    path = images / str(entry.get("filepath", "")) / str(entry["filename"])
+    captions = tuple(sentence["raw"] for sentence in entry["sentences"])
+    return CaptionedImage(path=path, captions=captions, group=str(path))
+
+
+def _labelled_images(
+    file: Path, data: Iterable[Mapping[str, Any]], images: Path
+) -> list[CaptionedImage]:
+    from timm.data.imagenet_info import ImageNetInfo
+
+    imagenet: Any = ImageNetInfo("imagenet-1k")
+    known = set(imagenet.label_names())
+    found = []
+    try:
+        for entry in data:
+            label, wnid = str(entry["label"]), str(entry.get("wnid", ""))
+            lemmas = imagenet.label_name_to_description(wnid).split(", ") if wnid in known else []
+            names = dict.fromkeys([label, *(lemma for lemma in lemmas if lemma.islower())])
+            captions = tuple(
+                template.format(_with_article(name)) for name in names for template in TEMPLATES
+            )
+            path = images / str(entry["filename"])
+            found.append(CaptionedImage(path=path, captions=captions, group=wnid or label))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{file} is no list of labelled photographs: {error!r}") from error
+    return found
+
+
+def _with_article(label: str) -> str:
+    return f"{'an' if label[0].lower() in 'aeiou' else 'a'} {label}"
+
+
+def _column(file: Path, names: Sequence[str], known: Sequence[str]) -> str:
+    for name in known:
+        if name in names:
+            return name
+    raise DatasetError(f"{file} has no column called {', '.join(known)}; it has {', '.join(names)}")
+
+
+def _not_empty(
+    found: list[CaptionedImage], file: Path, splits: Sequence[str]
+) -> list[CaptionedImage]:
+    if not found:
+        raise EmptySplitError(f"{file} has no image in the split(s) {', '.join(splits)}")
+    return found

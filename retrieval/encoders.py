@@ -1,11 +1,13 @@
 """Image encoders behind one small interface: pixels in, image tokens out.
 
-A frozen encoder (the default, as in BLIP-2's stage 1) stays in evaluation mode and gets no gradient.
+A frozen encoder (the default, as in BLIP-2's stage 1) gets no gradient.
 None applies a final LayerNorm: BLIP-2 trains its own, `ln_vision`, which belongs to the model.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +16,26 @@ from torch import Tensor, nn
 
 from .config import EncoderConfig
 from .errors import CheckpointError
+
+_BLOCK = re.compile(r"\b(?:blocks|resblocks|layers)\.(\d+)\.")
+_BELOW_THE_BLOCKS = re.compile(r"embed|cls_token|conv_stem|\bbn1\b|\bconv1\b|ln_pre")
+
+
+def layers_above(names: Sequence[str]) -> dict[str, int]:
+    """Return how many layers lie above each parameter of an encoder, for layer-wise decay.
+
+    Counted as the reference implementation does: 1 for the last block and for what follows it.
+
+    >>> layers_above(["patch_embed.proj.weight", "blocks.0.mlp.weight", "blocks.1.mlp.weight", "norm.weight"])
+    {'patch_embed.proj.weight': 3, 'blocks.0.mlp.weight': 2, 'blocks.1.mlp.weight': 1, 'norm.weight': 1}
+    """
+    blocks = {name: int(found[1]) + 1 for name in names if (found := _BLOCK.search(name))}
+    top = max(blocks.values(), default=0)
+
+    def layer(name: str) -> int:
+        return blocks.get(name, 0 if _BELOW_THE_BLOCKS.search(name) else top)
+
+    return {name: top + 1 - layer(name) for name in names}
 
 
 class ImageEncoder(nn.Module):
@@ -28,14 +50,29 @@ class ImageEncoder(nn.Module):
         self.train(not frozen)
 
     def train(self, mode: bool = True) -> ImageEncoder:
-        """Enter training mode, unless frozen: then stay in evaluation mode."""
-        return super().train(mode and not self.frozen)
+        """Enter training mode, unless frozen: then stay in evaluation mode, as batch norms always do.
+
+        The statistics of a pretrained network serve fine-tuning better than those of a small batch.
+        """
+        super().train(mode and not self.frozen)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute the blocks in the backward pass: less memory, a third more time."""
+        raise NotImplementedError
+
+    def resize(self, image_size: int) -> None:
+        """Take images of another size: position embeddings are interpolated (bicubic)."""
+        raise NotImplementedError
 
 
 class TimmEncoder(ImageEncoder):
     """A timm backbone: the last grid of a convolutional network, or a transformer's tokens."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, image_size: int | None = None) -> None:
         """Build the backbone without weights; `config.pool` averages the grid down."""
         import timm
 
@@ -45,7 +82,18 @@ class TimmEncoder(ImageEncoder):
         )
         self.backbone.to(memory_format=torch.channels_last)  # 1.5 times faster on CPUs
         self.pool = config.pool
+        if image_size is not None:
+            self.resize(image_size)
         self.freeze()
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute the blocks in the backward pass."""
+        self.backbone.set_grad_checkpointing(True)
+
+    def resize(self, image_size: int) -> None:
+        """Take images of another size."""
+        if hasattr(self.backbone, "set_input_size"):
+            self.backbone.set_input_size(img_size=image_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map (N, 3, S, S) to (N, P, D)."""
@@ -63,14 +111,34 @@ class TimmEncoder(ImageEncoder):
 class OpenClipEncoder(ImageEncoder):
     """The vision tower of an open_clip model, cut before its last block (BLIP-2, section 3.1)."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, image_size: int | None = None) -> None:
         """Build the tower, with open_clip's weights where `config.pretrained` names some."""
         import open_clip
 
         super().__init__()
         tower = open_clip.create_model(config.name, pretrained=config.pretrained).visual
         self.tower: Any = _cut_last_block(tower, config.name)
+        if image_size is not None:
+            self.resize(image_size)
         self.freeze()
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute the blocks in the backward pass."""
+        self.tower.set_grad_checkpointing(True)
+
+    def resize(self, image_size: int) -> None:
+        """Take images of another size."""
+        if hasattr(self.tower, "trunk"):
+            if tuple(self.tower.trunk.patch_embed.img_size) != (image_size, image_size):
+                self.tower.trunk.set_input_size(img_size=image_size)
+            return
+        side = image_size // self.tower.patch_size[0]
+        if (side, side) == tuple(self.tower.grid_size):
+            return
+        positions = self.tower.positional_embedding
+        self.tower.positional_embedding = nn.Parameter(_interpolated(positions[None], side)[0])
+        self.tower.grid_size = (side, side)
+        self.tower.image_size = (image_size, image_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map (N, 3, S, S) to (N, P, D), the class token first."""
@@ -108,7 +176,7 @@ def _cut_last_block(tower: Any, name: str) -> Any:
 class Blip2VisionEncoder(ImageEncoder):
     """transformers' `Blip2VisionModel`, for checkpoints in the hub's format."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, image_size: int | None = None) -> None:
         """Build the vision transformer from the fields of a `Blip2VisionConfig`."""
         from transformers import Blip2VisionConfig, Blip2VisionModel
 
@@ -118,9 +186,35 @@ class Blip2VisionEncoder(ImageEncoder):
         self.vision_model = vision_model
         self.freeze()
 
+    def checkpoint_gradients(self) -> None:
+        """Recompute the blocks in the backward pass."""
+        model = self.vision_model  # transformers 5 renames the method
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+
+    def resize(self, image_size: int) -> None:
+        """Take images of another size."""
+        embeddings = self.vision_model.embeddings
+        side = image_size // embeddings.patch_size
+        positions = _interpolated(embeddings.position_embedding, side)
+        embeddings.position_embedding = nn.Parameter(positions)
+        embeddings.image_size = image_size
+        embeddings.num_patches, embeddings.num_positions = side**2, side**2 + 1
+        self.vision_model.config.image_size = image_size
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Map (N, 3, S, S) to (N, P, D), the class token first."""
         return cast(Tensor, self.vision_model(pixel_values=pixels).last_hidden_state)
+
+
+def _interpolated(positions: Tensor, side: int) -> Tensor:
+    """Interpolate (1, 1 + P, D), the class token's first, to a square grid of `side`."""
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    resampled: Tensor = resample_abs_pos_embed(
+        positions.detach(), [side, side], num_prefix_tokens=1
+    )
+    return resampled
 
 
 _KINDS: dict[str, type[TimmEncoder] | type[OpenClipEncoder] | type[Blip2VisionEncoder]] = {
@@ -130,6 +224,11 @@ _KINDS: dict[str, type[TimmEncoder] | type[OpenClipEncoder] | type[Blip2VisionEn
 }
 
 
-def build_encoder(config: EncoderConfig) -> ImageEncoder:
-    """Build the encoder that the configuration names, frozen."""
-    return _KINDS[config.kind](config)
+def build_encoder(config: EncoderConfig, image_size: int | None = None) -> ImageEncoder:
+    """Build the encoder that the configuration names, frozen.
+
+    Args:
+        config: which.
+        image_size: pixels a side, where they are not those that the encoder was made for.
+    """
+    return _KINDS[config.kind](config, image_size)

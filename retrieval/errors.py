@@ -6,7 +6,10 @@ The root of the tree is `indexes.errors.Blip2SearchError`:
     ├── ImageReadError       a file that is no readable image
     ├── CheckpointError      a checkpoint that is missing, incomplete or of another shape
     ├── DeviceMemoryError    a batch that does not fit into the GPU's memory
-    └── DatasetError         a caption file that cannot be used
+    ├── DatasetError         a caption file that cannot be used
+    │   └── EmptySplitError  ... because it has nothing in the splits that were asked for
+    ├── RecipeError          a recipe that says nothing, too much, or what cannot be trained
+    └── TrainingError        a run that cannot start, go on, or be resumed
 """
 
 from __future__ import annotations
@@ -33,3 +36,15 @@ class DeviceMemoryError(Blip2SearchError):
 
 class DatasetError(Blip2SearchError):
     """The caption file or a photograph that it names cannot be used."""
+
+
+class EmptySplitError(DatasetError):
+    """The caption file has no image in these splits."""
+
+
+class RecipeError(Blip2SearchError):
+    """The recipe cannot be used; the message names the field."""
+
+
+class TrainingError(Blip2SearchError):
+    """The training run cannot start, go on, or be resumed; the message says what to do."""

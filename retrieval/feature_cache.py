@@ -1,68 +1,80 @@
 """A frozen encoder's tokens, computed once: an epoch then costs the Q-Former only.
 
 Augmentation is drawn beforehand: view 0 of an image is the squashed image of evaluation, the others
-are random resized crops, flipped half of the time. On disk the cache is one fp16 array
-(images, views, P, D), memory-mapped, beside the key of what it was made of.
+are random resized crops, flipped half of the time. On disk the cache is an Arrow file of fp16 tokens,
+one row an image, memory-mapped; its name is the key of what it was made of.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
+from .augment import random_crop
+from .errors import ImageReadError
 from .model import Precision, RetrievalModel, autocast
 from .preprocess import load_image
+from .recipe import DataConfig
 
-CROP_SCALE = (0.5, 1.0)  # share of the area that a crop keeps (method of the fine-tuning stage)
+OnProgress = Callable[[int, int], None]  # (images done, images to do)
+IMAGES_A_BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCache:
+    """Encoder tokens of the images that could be read."""
+
+    rows: list[int]  # of the paths that were asked for: those that could be read
+    tokens: list[npt.NDArray[np.float16]]  # one (V, P, D) a row, memory-mapped and read-only
+    skipped: list[str]  # a reason for each of the others, which names the file
 
 
 def encoder_tokens(
     model: RetrievalModel,
     paths: Sequence[Path],
     directory: Path,
+    data: DataConfig,
     *,
     views: int = 1,
     seed: int = 0,
     precision: Precision = "fp32",
-) -> np.ndarray[tuple[int, int, int, int], np.dtype[np.float16]]:
+    on_progress: OnProgress | None = None,
+) -> TokenCache:
     """Return the encoder's tokens of images, from the cache or computed into it.
 
     Args:
         model: its encoder is frozen; tokens are taken before `ln_vision`.
         paths: N image files.
         directory: where caches live; made if need be.
+        data: how crops are drawn.
         views: V views an image; the first is the image itself.
         seed: of the crops.
         precision: of the encoder's arithmetic; bf16 is several times faster where the processor has
             it and moves the tokens by a few percent, which training takes for augmentation.
-
-    Returns:
-        (N, V, P, D), float16, memory-mapped and read-only.
+        on_progress: called after every batch that is encoded.
 
     Raises:
-        ImageReadError: an image cannot be decoded.
         ValueError: the tokens overflow float16.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = directory / f"{_cache_key(model, paths, f'{views} {seed} {precision}')}.npy"
+    settings = f"{views} {seed} {precision} {data.crop_scale} {data.flip}"
+    file = directory / f"{_cache_key(model, paths, settings)}.arrow"
     if not file.exists():
-        partial = file.with_suffix(".partial")
-        with autocast(model, precision):
-            _fill(model, paths, partial, views, seed)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        with torch.inference_mode(), autocast(model, precision):
+            _fill(model, paths, partial, _Views(model, data, views, seed), on_progress)
         os.replace(partial, file)
-    cache: np.ndarray[tuple[int, int, int, int], np.dtype[np.float16]] = np.load(
-        file, mmap_mode="r"
-    )
-    return cache
+    return _open(file)
 
 
 def _cache_key(model: RetrievalModel, paths: Sequence[Path], settings: str) -> str:
@@ -72,53 +84,104 @@ def _cache_key(model: RetrievalModel, paths: Sequence[Path], settings: str) -> s
         # In half precision, so that a checkpoint stored in it finds the same cache.
         digest.update(name.encode() + tensor.flatten()[:64].half().cpu().numpy().tobytes())
     for path in paths:
-        digest.update(f"{path}\0{path.stat().st_size}\0".encode())
+        size = path.stat().st_size if path.exists() else -1
+        digest.update(f"{path}\0{size}\0".encode())
     return digest.hexdigest()
 
 
-@torch.inference_mode()
-def _fill(model: RetrievalModel, paths: Sequence[Path], file: Path, views: int, seed: int) -> None:
-    from rich.progress import track
+@dataclass(frozen=True)
+class _Views:
+    """Decodes an image and draws its views."""
 
-    array: Any = None
-    done = 0
-    batches = list(_batches(len(paths), max(1, 32 // views)))
-    with ThreadPoolExecutor(2) as pool:
-        for rows in track(batches, description="encoding images", transient=True):
-            pixels = pool.map(lambda i: _views(model, paths[i], views, seed + i), rows)
-            tokens = model.image_encoder(torch.cat(list(pixels)).to(model.device, model.dtype))
-            if array is None:
-                shape = (len(paths), views, *tokens.shape[1:])
-                array = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
-            tokens = tokens.unflatten(0, (-1, views)).to("cpu", torch.float16)
-            if not tokens.isfinite().all():
-                raise ValueError("the encoder's tokens do not fit into float16")
-            array[done : done + len(tokens)] = tokens.numpy()
-            done += len(tokens)
-    array.flush()
+    model: RetrievalModel
+    data: DataConfig
+    views: int
+    seed: int
 
-
-def _views(model: RetrievalModel, path: Path, views: int, seed: int) -> Tensor:
-    image = load_image(path)
-    transform = model.image_transform
-    generator = np.random.default_rng(seed)
-    crops = [_random_crop(image, transform.size, generator) for _ in range(views - 1)]
-    return torch.stack([transform.squash(image), *map(transform.normalise, crops)])
+    def __call__(self, row: int, path: Path) -> Tensor | ImageReadError:
+        """Return the pixels of all views of an image: (V, 3, S, S)."""
+        try:
+            image = load_image(path)
+        except ImageReadError as error:
+            return error
+        transform = self.model.image_transform
+        generator = np.random.default_rng((self.seed, row))
+        crops = [
+            random_crop(
+                image, transform.size, generator,
+                scale=self.data.crop_scale, flip=self.data.flip,
+            )
+            for _ in range(self.views - 1)
+        ]  # fmt: skip
+        return torch.stack([transform.squash(image), *map(transform.normalise, crops)])
 
 
-def _random_crop(
-    image: Image.Image, size: tuple[int, int], generator: np.random.Generator
-) -> Image.Image:
-    """Crop a random share of the area at a random aspect ratio, resize, and flip every other one."""
-    share = generator.uniform(*CROP_SCALE)
-    aspect = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
-    width = min(image.width, image.width * np.sqrt(share * aspect))
-    height = min(image.height, image.height * np.sqrt(share / aspect))
-    left = generator.uniform(0, image.width - width)
-    top = generator.uniform(0, image.height - height)
-    box = (left, top, left + width, top + height)
-    crop = image.resize(size, Image.Resampling.BICUBIC, box=box)
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if generator.random() < 0.5 else crop
+def _fill(
+    model: RetrievalModel,
+    paths: Sequence[Path],
+    file: Path,
+    views: _Views,
+    on_progress: OnProgress | None,
+) -> None:
+    import pyarrow as pa
+
+    side = model.config.preprocess.image_size
+    patches, channels = _encode(model, torch.zeros(1, 3, side, side)).shape[1:]
+    size = views.views * patches * channels
+    row_type = pa.list_(pa.float16(), size)
+    schema = pa.schema(
+        [("tokens", row_type), ("error", pa.string())],
+        metadata={"shape": json.dumps([views.views, patches, channels])},
+    )
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        pa.OSFile(str(file), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        for batch in _batches(len(paths), max(1, IMAGES_A_BATCH // views.views)):
+            pixels = list(pool.map(views, batch, [paths[row] for row in batch]))
+            good = {i: image for i, image in enumerate(pixels) if isinstance(image, Tensor)}
+            tokens = np.zeros((len(batch), size), np.float16)
+            if good:
+                encoded = _encode(model, torch.cat(list(good.values())))
+                tokens[list(good)] = encoded.reshape(len(good), size)
+            errors = [str(image) if isinstance(image, ImageReadError) else None for image in pixels]
+            column = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), type=row_type)
+            writer.write_batch(pa.record_batch([column, pa.array(errors, pa.string())], schema))
+            if on_progress is not None:
+                on_progress(batch.stop, len(paths))
+
+
+def _open(file: Path) -> TokenCache:
+    import pyarrow as pa
+
+    rows: list[int] = []
+    tokens: list[npt.NDArray[np.float16]] = []
+    skipped: list[str] = []
+    with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
+        shape = json.loads(reader.schema.metadata[b"shape"])
+        first = 0
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            values = batch.column("tokens").values.to_numpy(zero_copy_only=True)
+            errors = batch.column("error").to_pylist()
+            skipped += [error for error in errors if error is not None]
+            for i, array in enumerate(values.reshape(-1, *shape)):
+                if errors[i] is None:
+                    rows.append(first + i)
+                    tokens.append(array)
+            first += batch.num_rows
+    return TokenCache(rows, tokens, skipped)
+
+
+def _encode(model: RetrievalModel, pixels: Tensor) -> npt.NDArray[np.float16]:
+    tokens: Tensor = model.image_encoder(pixels.to(model.device, model.dtype)).to(
+        "cpu", torch.float16
+    )
+    if not tokens.isfinite().all():
+        raise ValueError("the encoder's tokens do not fit into float16")
+    array: npt.NDArray[np.float16] = tokens.numpy()
+    return array
 
 
 def _batches(total: int, size: int) -> Iterator[range]:

@@ -1,100 +1,128 @@
 """The three objectives of stage 1 (BLIP-2, section 3.1; ALBEF, section 3.2, for the hard negatives).
 
-`group_ids` (B,) say which pairs of a batch describe the same thing, such as two captions of one
-image: they are positives of each other in ITC and never negatives in ITM.
+`group_ids` say which pairs describe the same thing, such as two captions of one image: they are
+positives of each other in ITC and never negatives in ITM. Over several processes each holds `b` of the
+`B` pairs of a batch; negatives come from all of them. In one process the two are the same.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distributed import gather, own_rows
 from .model import RetrievalModel, max_over_queries
 from .preprocess import TextBatch
 from .qformer import KeyValue
 
 
-def itc_targets(group_ids: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Return soft targets (B, B), rows summing to 1.
+class ITC(NamedTuple):
+    """The contrastive loss, and the similarities / temperature that it was taken of."""
+
+    loss: Tensor
+    image_to_text: Tensor  # (b, B)
+    text_to_image: Tensor  # (b, B)
+
+
+def itc_targets(
+    group_ids: Tensor, all_group_ids: Tensor | None = None, smoothing: float = 0.1
+) -> Tensor:
+    """Return soft targets (b, B), rows summing to 1.
 
     `1 - smoothing` is spread over the entries of the same group and `smoothing` over all. With all
     groups different this is ordinary label smoothing.
     """
-    same = (group_ids[:, None] == group_ids[None, :]).float()
-    return (1 - smoothing) * same / same.sum(dim=1, keepdim=True) + smoothing / len(group_ids)
+    if all_group_ids is None:
+        all_group_ids = group_ids
+    same = (group_ids[:, None] == all_group_ids[None, :]).float()
+    return (1 - smoothing) * same / same.sum(dim=1, keepdim=True) + smoothing / len(all_group_ids)
 
 
 def itc_loss(
     image_features: Tensor, text_features: Tensor, temperature: Tensor, group_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Image-text contrastive loss.
+) -> ITC:
+    """Image-text contrastive loss against the pairs of all processes.
 
     Args:
-        image_features: (B, Q, E), normalised.
-        text_features: (B, E), normalised.
+        image_features: (b, Q, E), normalised.
+        text_features: (b, E), normalised.
         temperature: the learned scalar that similarities are divided by.
-        group_ids: (B,), int64.
-
-    Returns:
-        the loss, and the similarity logits (B images, B texts) that it was taken of.
+        group_ids: (b,), int64.
     """
-    logits = max_over_queries(image_features, text_features) / temperature
-    targets = itc_targets(group_ids)
-    loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-    return loss, logits
+    image_to_text = max_over_queries(image_features, gather(text_features)) / temperature
+    text_to_image = max_over_queries(gather(image_features), text_features).T / temperature
+    targets = itc_targets(group_ids, gather(group_ids))
+    loss = F.cross_entropy(image_to_text, targets) + F.cross_entropy(text_to_image, targets)
+    return ITC(loss / 2, image_to_text, text_to_image)
 
 
 @torch.no_grad()
-def sample_hard_negatives(logits: Tensor, group_ids: Tensor, hardness: float = 1.0) -> Tensor:
-    """Draw one negative column for every row: (B,), int64.
+def sample_hard_negatives(
+    logits: Tensor,
+    group_ids: Tensor,
+    hardness: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one negative column for every row: (b,), int64, numbers within the B of all processes.
 
     Args:
-        logits: (B, B), row to column, as `itc_loss` returns them (transpose for texts as rows).
-        group_ids: (B,); a row never draws a column of its own group.
+        logits: (b, B), a similarity of `ITC`.
+        group_ids: (b,); a row never draws a column of its own group.
         hardness: 1 draws from softmax(logits), 0 uniformly; in between, from a flattened softmax.
+        generator: on the CPU and in the same state in all processes, which then draw together what
+            one process would.
 
     Raises:
-        ValueError: the whole batch is one group, so that there is no negative.
+        ValueError: a row has no column of another group.
     """
-    same = group_ids[:, None] == group_ids[None, :]
+    same = group_ids[:, None] == gather(group_ids)[None, :]
     if bool(same.all(dim=1).any()):
         raise ValueError("no negatives: a batch needs at least two different images")
-    weights = (hardness * logits).masked_fill(same, float("-inf")).softmax(dim=1)
-    return torch.multinomial(weights, 1).squeeze(1)
+    total = logits.shape[1]
+    uniform = torch.rand(total, total, generator=generator).clamp_min(1e-20)
+    gumbel = own_rows(-torch.log(-torch.log(uniform))).to(logits.device)
+    # The largest of log-weights plus Gumbel noise is a draw from their softmax.
+    scores = hardness * logits + gumbel
+    return scores.masked_fill(same, float("-inf")).argmax(dim=1)
 
 
 def itm_loss(
     model: RetrievalModel,
-    image_tokens: Tensor,
+    encoder_tokens: Tensor,
     text: TextBatch,
-    itc_logits: Tensor,
+    itc: ITC,
     group_ids: Tensor,
     *,
     hardness: float = 1.0,
     anchors: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Image-text matching loss over positives, hard negative images and hard negative texts.
 
     Args:
         model: gives the match logits.
-        image_tokens: (B, P, D).
-        text: the B captions.
-        itc_logits: (B images, B texts); the negatives are drawn by them.
-        group_ids: (B,), int64.
+        encoder_tokens: (b, P, D), before `ln_vision`.
+        text: the b captions; over several processes, padded to one length everywhere.
+        itc: its similarities choose the negatives.
+        group_ids: (b,), int64.
         hardness: see `sample_hard_negatives`.
         anchors: use the first `anchors` pairs only (3 * anchors pairs are scored); all by default.
+        generator: see `sample_hard_negatives`.
     """
-    negative_text = sample_hard_negatives(itc_logits, group_ids, hardness)[:anchors]
-    negative_image = sample_hard_negatives(itc_logits.T, group_ids, hardness)[:anchors]
-    own = torch.arange(len(negative_text), device=image_tokens.device)
-    images = torch.cat((own, negative_image, own))
-    texts = torch.cat((own, own, negative_text))
-    labels = torch.zeros_like(images)
-    labels[: len(own)] = 1
-    return F.cross_entropy(
-        model.match_logits(image_tokens[images], text.select(texts)).float(), labels
-    )
+    draw = (group_ids, hardness, generator)
+    negative_text = sample_hard_negatives(itc.image_to_text, *draw)[:anchors]
+    negative_image = sample_hard_negatives(itc.text_to_image, *draw)[:anchors]
+    own_images, own_text = encoder_tokens[:anchors], text.first(anchors)
+    all_text = TextBatch(gather(text.token_ids), gather(text.mask))
+    images = torch.cat((own_images, gather(encoder_tokens)[negative_image], own_images))
+    texts = TextBatch.concatenate((own_text, own_text, all_text.select(negative_text)))
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    labels[: len(own_images)] = 1
+    logits = model.match_logits(model.normalise_tokens(images), texts)
+    return F.cross_entropy(logits.float(), labels)
 
 
 def itg_loss(
@@ -121,4 +149,8 @@ def itg_loss(
     # The head is wide (the vocabulary): apply it only where there is a token to predict.
     predicted = text.mask[:, 1:]
     logits = model.lm_head(hidden[:, :-1][predicted], model.qformer.word_embeddings.weight)
-    return F.cross_entropy(logits.float(), text.token_ids[:, 1:][predicted], label_smoothing=0.1)
+    labels = text.token_ids[:, 1:][predicted]
+    total = F.cross_entropy(logits.float(), labels, label_smoothing=0.1, reduction="sum")
+    # Over the mean number of tokens of all processes, so that the mean of their losses is the mean
+    # over all tokens.
+    return total / gather(predicted.sum()[None]).float().mean()

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from .masks import bi_directional_mask, multimodal_causal_mask, uni_modal_mask
 from .preprocess import ImageLike, ImageTransform, TextBatch, TextTransform
 from .qformer import KeyValue, LanguageModelHead, QFormer
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 INITIAL_TEMPERATURE = 0.07
 MATCH = 1  # the column of the ITM head that says "this pair matches"
 
@@ -43,9 +44,8 @@ class RetrievalModel(nn.Module):
     def __init__(self, config: ModelConfig, text_transform: TextTransform) -> None:
         """Build with random weights; `loading.load_model` fills them."""
         super().__init__()
-        self.config = config
         size, qformer = config.qformer.image_token_size, config.qformer
-        self.image_encoder = build_encoder(config.encoder)
+        self.image_encoder = build_encoder(config.encoder, config.preprocess.image_size)
         self.ln_vision = nn.LayerNorm(size, eps=config.ln_vision_eps)
         self.image_positions = (
             nn.Parameter(0.02 * torch.randn(config.image_positions, size))
@@ -58,8 +58,13 @@ class RetrievalModel(nn.Module):
         self.itm_head = nn.Linear(qformer.hidden_size, 2)
         self.lm_head = LanguageModelHead(qformer) if config.lm_head else None
         self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
-        self.image_transform = ImageTransform(config.preprocess)
         self.text_transform = text_transform
+        self.reconfigure(config)
+
+    def reconfigure(self, config: ModelConfig) -> None:
+        """Take over a configuration that differs in what needs no other modules."""
+        self.config = config
+        self.image_transform = ImageTransform(config.preprocess)
         self.refresh_fingerprint()
 
     # ---- for programs: images and captions in, numpy out -------------------------------------
@@ -229,10 +234,10 @@ def image_features(model: RetrievalModel, image_tokens: Tensor, batch_size: int 
 
 @torch.inference_mode()
 def itc_similarities(
-    model: RetrievalModel, image_features: Tensor, captions: Sequence[str]
-) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """Return ITC similarities (N, B), float32, of image features (N, Q, E) and captions."""
-    texts = torch.from_numpy(model.encode_texts(captions)).to(model.device)
+    image_features: Tensor, text_features: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Return ITC similarities (N, B), of image features (N, Q, E) and text features (B, E)."""
+    texts = torch.from_numpy(text_features).to(image_features.device)
     parts = torch.split(image_features, 64)  # bounds the (64, B, Q) products
     return torch.cat([max_over_queries(part, texts) for part in parts]).cpu().numpy()
 
@@ -241,7 +246,8 @@ def autocast(model: RetrievalModel, precision: Precision) -> AbstractContextMana
     """Return the context in which the model computes in this precision."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(model.device.type, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(model.device.type, dtype=dtype)
 
 
 def _normalise(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -121,6 +122,22 @@ class TextBatch:
         """Return some of the captions; `rows` (B',) are their numbers."""
         return TextBatch(self.token_ids[rows], self.mask[rows])
 
+    def first(self, count: int | None) -> TextBatch:
+        """Return the first captions; None is all."""
+        return TextBatch(self.token_ids[:count], self.mask[:count])
+
+    def padded(self, length: int) -> TextBatch:
+        """Return the batch padded further, to so many tokens."""
+        more = (0, length - self.token_ids.shape[1])
+        return TextBatch(F.pad(self.token_ids, more), F.pad(self.mask, more))
+
+    @staticmethod
+    def concatenate(parts: Sequence[TextBatch]) -> TextBatch:
+        """Return the captions of batches of one length, one after the other."""
+        return TextBatch(
+            torch.cat([part.token_ids for part in parts]), torch.cat([part.mask for part in parts])
+        )
+
 
 class TextTransform:
     """Clean and tokenise captions with the checkpoint's own tokenizer."""
@@ -129,6 +146,7 @@ class TextTransform:
         """Take over a `tokenizers.Tokenizer`; its padding and truncation are set here."""
         self.tokenizer = tokenizer
         self.max_words = config.max_words
+        self.max_tokens = config.max_text_tokens
         pad_id = tokenizer.token_to_id("[PAD]")
         tokenizer.enable_padding(pad_id=pad_id or 0, pad_token="[PAD]")
         tokenizer.enable_truncation(config.max_text_tokens)

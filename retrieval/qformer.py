@@ -41,6 +41,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(hidden, hidden)
         self.norm = nn.LayerNorm(hidden, eps=config.norm_eps)
         self.dropout = config.dropout
+        self.attention_dropout = config.dropout
 
     def keys_values(self, source: Tensor) -> KeyValue:
         """Project a source (B, S, source_size) to keys and values (B, heads, S, H / heads)."""
@@ -48,12 +49,14 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, keys_values: KeyValue, mask: Tensor | None) -> Tensor:
         """Return (B, L, H) for hidden (B, L, H); `mask` broadcasts to (B, heads, L, S)."""
-        dropout = self.dropout if self.training else 0.0
         context = F.scaled_dot_product_attention(
-            self._split(self.query(hidden)), *keys_values, attn_mask=mask, dropout_p=dropout
+            self._split(self.query(hidden)),
+            *keys_values,
+            attn_mask=mask,
+            dropout_p=self.attention_dropout if self.training else 0.0,
         )
         context = context.transpose(1, 2).flatten(2)  # (B, L, H)
-        context = F.dropout(self.output(context), dropout)
+        context = F.dropout(self.output(context), self.dropout, self.training)
         normed: Tensor = self.norm(hidden + context)
         return normed
 
@@ -159,6 +162,12 @@ class QFormer(nn.Module):
         )
         nn.init.normal_(self.query_tokens, std=0.02)
         self.apply(_initialise)
+
+    def set_attention_dropout(self, probability: float) -> None:
+        """Drop other attention weights in training than the configuration says."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attention_dropout = probability
 
     def forward(
         self,

@@ -1,208 +1,289 @@
-"""Stage-1 training of the Q-Former on a frozen encoder's cached tokens (BLIP-2, section 3.1)."""
+"""The training loop: stage 1 (BLIP-2, section 3.1), and fine-tuning, which trains the encoder too."""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .data import CaptionedImage
+from .batches import Batch, BatchSource
+from .distributed import World, any_says, gather
+from .errors import TrainingError
+from .interrupts import deferred_interrupts
 from .losses import itc_loss, itg_loss, itm_loss
 from .model import Precision, RetrievalModel, autocast
-from .preprocess import TextBatch
+from .optimizer import freeze_unused, hardness, learning_rate, parameter_groups
+from .preprocess import TextBatch, TextTransform
+from .recipe import TrainConfig, TrainPrecision
+from .run_folder import RunFolder, TrainingState
 
-log = logging.getLogger(__name__)
+TEMPERATURES = (0.01, 0.5)
 
+Losses = dict[str, Tensor]
+Observer = Callable[[Mapping[str, Any]], None]  # of an update's or a validation's numbers
 Validate = Callable[[RetrievalModel], dict[str, float]]
-TokenCache = npt.NDArray[np.float16]  # (images, views, P, D), of `feature_cache`
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train. The optimiser's defaults are the paper's; the rest suits a small model."""
+class Objectives(nn.Module):
+    """The losses of a batch, as one module that DDP can wrap."""
 
-    steps: int
-    batch_size: int = 128
-    lr: float = 3e-4  # of layers that start from a language model
-    new_lr_scale: float = 3.0  # times `lr`: query tokens, cross-attention, projections, heads
-    min_lr_ratio: float = 0.05
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
-    clip_norm: float = 1.0
-    itg_weight: float = 1.0
-    itm_weight: float = 1.0
-    itm_anchors: int | None = (
-        None  # pairs of a batch that ITM starts from; None is all, as published
-    )
-    # Negatives are drawn uniformly at first and by ITC similarity from here on: drawn hard from the
-    # first step, ITM never leaves the prior on small data.
-    hard_negatives_from: int = 0
-    seed: int = 0
-    precision: Precision = "fp32"
-    validate_every: int = 200
+    def __init__(self, model: RetrievalModel, config: TrainConfig, encoded: bool) -> None:
+        """Compute from encoder tokens (`encoded`) or from pixels."""
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.encoded = encoded
 
-    def __post_init__(self) -> None:
-        """Raise ValueError for settings that cannot train."""
-        if self.batch_size < 2:
-            raise ValueError("batch_size must be at least 2: contrast needs a negative")
-        if self.steps < 1:
-            raise ValueError("steps must be positive")
+    def forward(
+        self, images: Tensor, text: TextBatch, group_ids: Tensor, hard: float, seed: int
+    ) -> Losses:
+        """Return the unweighted losses of the objectives that have a weight.
 
+        The query pass made for ITC serves ITG too.
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the factor on the base rate at a step: linear warm-up, then cosine to the minimum."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine
-
-
-def parameter_groups(model: RetrievalModel, config: TrainConfig) -> list[dict[str, Any]]:
-    """Group parameters by rate (new or pretrained) and decay (matrices only, never query tokens)."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        pretrained = name.startswith("qformer.") and not any(
-            part in name for part in ("query_tokens", "cross_attention")
+        Args:
+            images: pixels (b, 3, S, S) or encoder tokens (b, P, D).
+            text: the b captions.
+            group_ids: (b,), int64.
+            hard: the hardness of ITM's negatives.
+            seed: of the draw of negatives; the same in all processes.
+        """
+        model, config = self.model, self.config
+        tokens = images if self.encoded else model.image_encoder(images)
+        queries = model.query_pass(model.normalise_tokens(tokens))
+        itc = itc_loss(
+            queries.image_features, model.text_features(text), model.temperature, group_ids
         )
-        decayed = parameter.ndim >= 2 and not any(
-            part in name for part in ("query_tokens", "image_positions")
+        losses = {"itc": itc.loss}
+        if config.itm_weight:
+            losses["itm"] = itm_loss(
+                model, tokens, text, itc, group_ids,
+                hardness=hard,
+                anchors=config.itm_anchors,
+                generator=torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+        if config.itg_weight:
+            dec_id = model.config.qformer.vocab_size - 1
+            losses["itg"] = itg_loss(model, text, queries.keys_values, dec_id)
+        return losses
+
+
+class Trainer:
+    """One run: `Trainer(model, source, config).run()`."""
+
+    def __init__(
+        self,
+        model: RetrievalModel,
+        source: BatchSource,
+        config: TrainConfig,
+        *,
+        text_transform: TextTransform | None = None,
+        folder: RunFolder | None = None,
+        world: World | None = None,
+        validate: Validate | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """Prepare the model for training; what is not trained loses its gradient.
+
+        Args:
+            model: on its device, in float32; trained in place.
+            source: the batches.
+            config: the recipe; `steps` must be set (`recipe.with_total_steps`).
+            text_transform: tokenises the captions; the model's own by default.
+            folder: where checkpoints go; without one none are written.
+            world: this process among others.
+            validate: called every `validate_every` updates and after the last; "mean_recall" in what
+                it returns decides which model is the best.
+            observers: called in the first process with the numbers of every update and validation,
+                and with {"skipped": [reason, ...]} for images that could not be read.
+        """
+        if config.steps is None:
+            raise ValueError("count the epochs out as steps first: with_total_steps")
+        self.model, self.config, self.source = model, config, source
+        self.world = world or World()
+        self._steps = config.steps
+        self._text_transform = text_transform or model.text_transform
+        self._folder, self._validate, self._observers = folder, validate, observers
+        self._precision = pick_precision(config.precision, model.device)
+        if config.attention_dropout is not None:
+            model.qformer.set_attention_dropout(config.attention_dropout)
+        if config.gradient_checkpointing:
+            model.image_encoder.checkpoint_gradients()
+        freeze_unused(model, config)
+        objectives = Objectives(model, config, source.encoded)
+        self.state = TrainingState(
+            model=model,
+            optimizer=torch.optim.AdamW(parameter_groups(model, config), betas=config.betas),
+            scaler=torch.amp.GradScaler(model.device.type, enabled=self._precision == "fp16"),
+            average=_average(model, config),
         )
-        groups.setdefault((pretrained, decayed), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "base_lr": config.lr * (1.0 if pretrained else config.new_lr_scale),
-            "weight_decay": config.weight_decay if decayed else 0.0,
-        }
-        for (pretrained, decayed), parameters in groups.items()
-    ]
+        self._objectives: nn.Module = objectives
+        if self.world.size > 1:
+            self._objectives = DistributedDataParallel(objectives)
 
+    def run(self) -> list[dict[str, float]]:
+        """Train to the end; return the numbers of every update of this call.
 
-def train(
-    model: RetrievalModel,
-    data: Sequence[CaptionedImage],
-    cache: TokenCache,
-    config: TrainConfig,
-    *,
-    log_file: Path | None = None,
-    validate: Validate | None = None,
-) -> list[dict[str, float]]:
-    """Train in place; return the losses of every step.
+        Raises:
+            TrainingError: a loss is no number; or the data ran out.
+            KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was written before.
+        """
+        config, state = self.config, self.state
+        first = state.step * config.accumulate
+        batches = self.source.batches(config.batch_size, first, config.seed, self.world)
+        history: list[dict[str, float]] = []
+        with deferred_interrupts() as interrupted:
+            while state.step < self._steps:
+                history.append(self._update(batches))
+                self._tell({"step": state.step, "steps": self._steps, **history[-1]})
+                last = state.step == self._steps
+                stop = any_says(interrupted()) and not last
+                if last or (not stop and state.step % config.validate_every == 0):
+                    self._run_validation()
+                if last or stop or state.step % config.checkpoint_every == 0:
+                    self._save()
+                if stop:
+                    raise KeyboardInterrupt
+        if state.average is not None:
+            self.model.load_state_dict(state.averaged_model.state_dict())
+        self.model.eval()
+        self.model.refresh_fingerprint()
+        return history
 
-    Args:
-        model: its Q-Former and heads are trained, its encoder stays frozen.
-        data: images with their captions; one caption is drawn a step.
-        cache: (images, views, P, D), float16, row i for `data[i]`; one view is drawn a step.
-        config: the recipe.
-        log_file: JSON lines, one a step and one a validation.
-        validate: called every `validate_every` steps and after the last; its table is logged.
-
-    Raises:
-        ValueError: fewer images than a batch.
-    """
-    if len(data) < config.batch_size:
-        raise ValueError(f"{len(data)} images are fewer than a batch of {config.batch_size}")
-    torch.manual_seed(config.seed)
-    model.train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
-    batches = _batches(data, cache, config)
-    history: list[dict[str, float]] = []
-    start = time.perf_counter()
-    for step in range(config.steps):
-        rate = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["base_lr"]
-        tokens, captions, group_ids = next(batches)
-        tokens, group_ids = tokens.to(model.device), group_ids.to(model.device)
-        with autocast(model, config.precision):
-            losses = step_losses(model, tokens, model.tokenize(captions), group_ids, config, step)
-        total = (
-            losses["itc"]
-            + config.itm_weight * losses.get("itm", 0.0)
-            + config.itg_weight * losses.get("itg", 0.0)
-        )
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
+    def _update(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Do one update of the weights, from `accumulate` batches."""
+        config, state = self.config, self.state
+        start = time.perf_counter()
+        self.model.train()
+        rate = learning_rate(state.step, config)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        numbers: dict[str, float] = {}
+        for part in range(config.accumulate):
+            for name, value in self._backward(next(batches), part).items():
+                numbers[name] = numbers.get(name, 0.0) + value / config.accumulate
+        if not math.isfinite(numbers["loss"]):
+            raise TrainingError(
+                f"the loss of update {state.step + 1} is {numbers['loss']}: "
+                "a lower train.lr or train.precision=fp32 may help"
+            )
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            model.temperature.clamp_(0.01, 0.5)
-        entry = {name: float(loss.detach()) for name, loss in losses.items()}
-        history.append(entry)
-        extra = {"norm": float(norm), "temperature": float(model.temperature.detach())}
-        _log(log_file, {"step": step, "seconds": time.perf_counter() - start, **entry, **extra})
-        last = step + 1 == config.steps
-        if validate is not None and (last or (step + 1) % config.validate_every == 0):
+            self.model.temperature.clamp_(*TEMPERATURES)
+        if state.average is not None:
+            state.average.update_parameters(self.model)
+        state.step += 1
+        return numbers | {
+            "temperature": float(self.model.temperature.detach()),
+            "lr": rate,
+            "gradient_norm": float(norm),
+            "pairs_per_second": config.batch_size
+            * config.accumulate
+            / (time.perf_counter() - start),
+        }
+
+    def _backward(self, batch: Batch, part: int) -> dict[str, float]:
+        """Add the gradients of one batch; return its losses, averaged over the processes."""
+        config, model, step = self.config, self.model, self.state.step
+        if batch.skipped:
+            self._tell({"step": step, "skipped": batch.skipped})
+        text = self._text_transform(batch.captions)
+        if self.world.size > 1:  # negatives are gathered: captions must be equally long everywhere
+            text = text.padded(self._text_transform.max_tokens)
+        seed = step * config.accumulate + part
+        torch.manual_seed(hash((config.seed, seed, self.world.rank)))  # of dropout
+        with ExitStack() as stack:
+            # Around the backward pass too: checkpointed blocks are computed again in it.
+            stack.enter_context(_attention(model))
+            if part + 1 < config.accumulate and self.world.size > 1:
+                stack.enter_context(self._objectives.no_sync())  # type: ignore[operator]
+            with autocast(model, self._precision):
+                losses = self._objectives(
+                    batch.images.to(model.device, non_blocking=True),
+                    text.to(model.device),
+                    batch.group_ids.to(model.device),
+                    hardness(step, config),
+                    hash((config.seed, seed)),
+                )
+            weights = {
+                "itc": config.itc_weight, "itm": config.itm_weight, "itg": config.itg_weight
+            }  # fmt: skip
+            losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
+            self.state.scaler.scale(losses["loss"] / config.accumulate).backward()
+        return {
+            name: float(gather(loss.detach().float()[None]).mean()) for name, loss in losses.items()
+        }
+
+    def _run_validation(self) -> None:
+        """Validate in the first process, and keep the model if it is the best so far."""
+        if self._validate is not None and self.world.is_first:
+            state = self.state
+            model = state.averaged_model
             model.eval()
-            _log(log_file, {"step": step + 1, **validate(model)})
-            model.train()
-    model.eval()
-    model.refresh_fingerprint()
-    return history
+            numbers = self._validate(model)
+            self._tell({"step": state.step, "validation": numbers})
+            if self._folder is not None and numbers["mean_recall"] > state.best:
+                state.best = numbers["mean_recall"]
+                self._folder.save_best(model)
+        any_says(False)  # the others wait here
+
+    def _save(self) -> None:
+        if self._folder is not None and self.world.is_first:
+            self._folder.save(self.state, keep=self.config.keep_checkpoints)
+        any_says(False)  # the others wait here
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        if self.world.is_first:
+            for observer in self._observers:
+                observer(event)
 
 
-def step_losses(
-    model: RetrievalModel,
-    encoder_tokens: Tensor,
-    text: TextBatch,
-    group_ids: Tensor,
-    config: TrainConfig,
-    step: int,
-) -> dict[str, Tensor]:
-    """Return the losses of one batch: ITC, and ITG and ITM where their weights are positive.
+def pick_precision(wanted: TrainPrecision, device: torch.device) -> Precision:
+    """Return the arithmetic of training: "auto" is bf16 where the device computes in it.
 
-    The query pass made for ITC serves ITG too.
+    Otherwise fp16 on GPUs and fp32 on CPUs. A CPU without bf16 would emulate it, many times slower.
     """
-    image_tokens = model.normalise_tokens(encoder_tokens)
-    query_pass = model.query_pass(image_tokens)
-    itc, logits = itc_loss(
-        query_pass.image_features, model.text_features(text), model.temperature, group_ids
-    )
-    losses = {"itc": itc}
-    if config.itg_weight:
-        dec_id = model.config.qformer.vocab_size - 1
-        losses["itg"] = itg_loss(model, text, query_pass.keys_values, dec_id)
-    if config.itm_weight:
-        hardness = float(step >= config.hard_negatives_from)
-        losses["itm"] = itm_loss(
-            model, image_tokens, text, logits, group_ids,
-            hardness=hardness, anchors=config.itm_anchors,
-        )  # fmt: skip
-    return losses
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
 
 
-def _batches(
-    data: Sequence[CaptionedImage], cache: TokenCache, config: TrainConfig
-) -> Iterator[tuple[Tensor, list[str], Tensor]]:
-    """Shuffle and deal for ever; draw a view and a caption an image. The last odd part is dropped."""
-    generator = np.random.default_rng(config.seed)
-    numbers = {group: i for i, group in enumerate(sorted({image.group for image in data}))}
-    groups = np.array([numbers[image.group] for image in data])
-    views = cache.shape[1]
-    while True:
-        order = generator.permutation(len(data))
-        for i in range(0, len(order) - config.batch_size + 1, config.batch_size):
-            rows = order[i : i + config.batch_size]
-            tokens = cache[rows, generator.integers(views, size=len(rows))]
-            captions = [str(generator.choice(data[row].captions)) for row in rows]
-            yield torch.from_numpy(tokens).float(), captions, torch.from_numpy(groups[rows])
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def _log(file: Path | None, entry: dict[str, Any]) -> None:
-    log.info("%s", entry)
-    if file is not None:
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+def _attention(model: RetrievalModel) -> AbstractContextManager[None]:
+    """Choose the attention kernel: on a CPU the fused one's backward pass is slow on short sequences.
+
+    Measured at 48 tokens in bf16: a step takes 1.5 times as long with it.
+    """
+    if model.device.type != "cpu":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return kernel
+
+
+def _average(model: RetrievalModel, config: TrainConfig) -> AveragedModel | None:
+    if not config.ema_decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call]

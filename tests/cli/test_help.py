@@ -12,8 +12,8 @@ import typer
 from blip2_search import __version__
 from blip2_search.indexes.errors import StoreMissingError
 
-COMMANDS = ["index", "query", "info", "models", "demo"]
-HEAVY = ["torch", "faiss", "transformers", "pyarrow", "numpy", "PIL", "rich"]
+COMMANDS = ["index", "query", "info", "models", "demo", "train"]
+HEAVY = ["torch", "faiss", "transformers", "pyarrow", "numpy", "PIL", "rich", "matplotlib"]
 CHECK = f"""
 import sys
 from blip2_search.cli.app import app

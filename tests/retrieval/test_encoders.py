@@ -7,7 +7,7 @@ import torch
 from foreign import hub_model, randomise
 
 from blip2_search.retrieval.config import EncoderConfig
-from blip2_search.retrieval.encoders import build_encoder
+from blip2_search.retrieval.encoders import build_encoder, layers_above
 from blip2_search.retrieval.errors import CheckpointError
 
 PIXELS = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -140,7 +140,7 @@ def test_frozen_unless_told_otherwise(tiny_clip, config):
         assert torch.equal(buffer, buffers[name])
 
     encoder.freeze(False)
-    assert all(module.training for module in encoder.modules())
+    assert encoder.training
     assert all(parameter.requires_grad for parameter in encoder.parameters())
     encoder(PIXELS).sum().backward()
     parent.eval()
@@ -165,3 +165,59 @@ def test_weights_are_never_fetched_unasked(monkeypatch):
 
     monkeypatch.setattr(timm.models._builder, "load_pretrained", refuse)
     build_encoder(EncoderConfig(kind="timm", name="test_resnet"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
+def test_a_trained_encoder_keeps_its_statistics(tiny_clip, config):
+    encoder = build_encoder(config)
+    encoder.freeze(False)
+    encoder.train()
+    buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    plain = encoder(PIXELS)
+    plain.sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in encoder.named_buffers())
+    gradients = [p.grad.clone() for p in encoder.parameters()]
+    encoder.zero_grad()
+    encoder.checkpoint_gradients()
+    again = encoder(PIXELS)
+    again.sum().backward()
+    torch.testing.assert_close(again, plain)
+    for parameter, gradient in zip(encoder.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("name", ["tiny-clip", "tiny-eva"])
+@torch.no_grad()
+def test_open_clip_at_another_size(tiny_clip, name):
+    side = 280 if name == "tiny-eva" else 56
+    encoder = build_encoder(EncoderConfig(kind="open_clip", name=name), image_size=side)
+    tokens = encoder(torch.randn(2, 3, side, side))
+    assert tokens.shape[1] == (side // 14) ** 2 + 1
+
+
+@torch.no_grad()
+def test_blip2_vision_at_another_size():
+    encoder = build_encoder(CONFIGS[2])
+    torch.nn.init.normal_(encoder.vision_model.embeddings.position_embedding)
+    before = encoder.vision_model.embeddings.position_embedding.clone()
+    encoder.resize(28)
+    assert torch.equal(encoder.vision_model.embeddings.position_embedding, before)
+    encoder.resize(56)
+    positions = encoder.vision_model.embeddings.position_embedding
+    assert positions.shape == (1, 17, 16)
+    assert torch.equal(positions[:, 0], before[:, 0])  # the class token's
+    assert encoder(torch.randn(2, 3, 56, 56)).shape == (2, 17, 16)
+    # Rebuilt from a configuration of the new size, the tensors fit.
+    fields = {**CONFIGS[2].vision_config, "image_size": 56}
+    rebuilt = build_encoder(EncoderConfig(kind="blip2_vision", vision_config=fields))
+    rebuilt.load_state_dict(encoder.state_dict())
+
+
+def test_layers_above_counts_from_the_top():
+    encoder = build_encoder(EncoderConfig(kind="timm", name="tf_efficientnet_lite0"))
+    above = layers_above([name for name, _ in encoder.named_parameters()])
+    assert above["backbone.conv_stem.weight"] == above["backbone.bn1.weight"] == 8
+    assert above["backbone.blocks.0.0.bn1.weight"] == 7
+    assert above["backbone.blocks.6.0.bn1.weight"] == 1
+    assert above["backbone.conv_head.weight"] == above["backbone.bn2.weight"] == 1

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from blip2_search.retrieval.losses import (
+    ITC,
     itc_loss,
     itc_targets,
     itg_loss,
@@ -32,7 +33,8 @@ def test_max_over_queries_literal():
 
 def test_itc_with_different_groups_is_label_smoothing():
     images, texts = random_features()
-    loss, logits = itc_loss(images, texts, torch.tensor(0.07), torch.arange(6))
+    loss, logits, transposed = itc_loss(images, texts, torch.tensor(0.07), torch.arange(6))
+    assert torch.equal(transposed, logits.T)
     own = torch.arange(6)
     expected = F.cross_entropy(logits, own, label_smoothing=0.1)
     expected = (expected + F.cross_entropy(logits.T, own, label_smoothing=0.1)) / 2
@@ -84,12 +86,22 @@ def tiny_batch(model):
 
 def test_itm_scores_positives_first_and_reaches_the_prior(tiny_model):
     tokens, text = tiny_batch(tiny_model)
-    logits = torch.randn(4, 4)
-    loss = itm_loss(tiny_model, tokens, text, logits, torch.arange(4))
+    itc = ITC(torch.tensor(0.0), torch.randn(4, 4), torch.randn(4, 4))
+    loss = itm_loss(tiny_model, tokens, text, itc, torch.arange(4))
     # One positive in three; an untrained head knows nothing, so the loss is near that of a coin.
     assert 0.5 < loss.item() < 0.9
-    few = itm_loss(tiny_model, tokens, text, logits, torch.arange(4), anchors=2)
+    few = itm_loss(tiny_model, tokens, text, itc, torch.arange(4), anchors=2)
     assert few.item() != loss.item()
+
+
+def test_hard_negatives_are_drawn_alike_from_generators_in_one_state():
+    logits = torch.randn(5, 5)
+    drawn = [
+        sample_hard_negatives(logits, torch.arange(5), 1.0, torch.Generator().manual_seed(seed))
+        for seed in (3, 3, *range(4, 24))
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert any(not torch.equal(drawn[0], other) for other in drawn[2:])
 
 
 def test_itg_equals_one_full_pass(tiny_model):
