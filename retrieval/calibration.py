@@ -43,7 +43,7 @@ def calibrate_itm(
     tokens = model.image_tokens([image.path for image in images])
     itc = itc_similarities(image_features(model, tokens), model.encode_texts(captions))
     pairs = candidates(itc, rerank)
-    with autocast(model, precision):
+    with autocast(model.device, precision):
         itm = match_all(model, tokens, captions, pairs)
     scores = {}
     for scale in scales:

@@ -118,19 +118,22 @@ def read_table(
     return _not_empty(found, file, splits)
 
 
-def read_labelled(file: Path, images: Path) -> list[CaptionedImage]:
-    """Read labelled photographs: a JSON list of {"filename", "label", perhaps "wnid"}.
+def read_labelled(
+    file: Path, images: Path, splits: Sequence[str] = ("train",)
+) -> list[CaptionedImage]:
+    """Read labelled photographs: a JSON list of {"filename", "label", perhaps "wnid" and "split"}.
 
     Captions come from the label through templates, and from its synonyms where its WordNet id is one
     of ImageNet's. Photographs of one class form a group: none is a negative of another.
 
     Raises:
-        DatasetError: the file is missing or of another format.
+        DatasetError: the file is missing, of another format, or has no image in these splits; one
+            without a split is for training.
     """
     data = _load_json(file)
     if not isinstance(data, list):
         raise DatasetError(f"{file} holds no list of labelled photographs")
-    return _labelled_images(file, data, images)
+    return _labelled_images(file, data, images, splits)
 
 
 def captions_and_owners(
@@ -145,8 +148,7 @@ def _read_json(file: Path, images: Path, splits: Sequence[str]) -> list[Captione
     data = _load_json(file)
     if isinstance(data, dict):
         return _karpathy_images(file, data, images, splits)
-    labelled = _labelled_images(file, data, images) if isinstance(data, list) else []
-    return _not_empty(labelled if "train" in splits else [], file, splits)
+    return _labelled_images(file, data if isinstance(data, list) else [], images, splits)
 
 
 def _load_json(file: Path) -> Any:
@@ -176,7 +178,7 @@ def _karpathy_image(entry: Mapping[str, Any], images: Path) -> CaptionedImage:
 
 
 def _labelled_images(
-    file: Path, data: Iterable[Mapping[str, Any]], images: Path
+    file: Path, data: Iterable[Mapping[str, Any]], images: Path, splits: Sequence[str]
 ) -> list[CaptionedImage]:
     from timm.data.imagenet_info import ImageNetInfo
 
@@ -185,20 +187,27 @@ def _labelled_images(
     found = []
     try:
         for entry in data:
+            if entry.get("split", "train") not in splits:
+                continue
             label, wnid = str(entry["label"]), str(entry.get("wnid", ""))
             lemmas = imagenet.label_name_to_description(wnid).split(", ") if wnid in known else []
             names = dict.fromkeys([label, *(lemma for lemma in lemmas if lemma.islower())])
             captions = tuple(
-                template.format(_with_article(name)) for name in names for template in TEMPLATES
+                template.format(with_article(name)) for name in names for template in TEMPLATES
             )
             path = images / str(entry["filename"])
             found.append(CaptionedImage(path=path, captions=captions, group=wnid or label))
     except (KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{file} is no list of labelled photographs: {error!r}") from error
-    return found
+    return _not_empty(found, file, splits)
 
 
-def _with_article(label: str) -> str:
+def with_article(label: str) -> str:
+    """Put "a" or "an" before a label.
+
+    >>> with_article("orange")
+    'an orange'
+    """
     return f"{'an' if label[0].lower() in 'aeiou' else 'a'} {label}"
 
 

@@ -112,7 +112,7 @@ def evaluate(
     if k:
         start = time.perf_counter()
         pairs = candidates(itc, k)
-        with autocast(model, precision):
+        with autocast(model.device, precision):
             itm = match_all(model, tokens, captions, pairs)
         report["itc+itm"] = rerank_table(itc, itm, pairs, k, owner)
         report["seconds"]["rerank"] = time.perf_counter() - start

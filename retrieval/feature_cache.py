@@ -71,7 +71,7 @@ def encoder_tokens(
     file = directory / f"{_cache_key(model, paths, settings)}.arrow"
     if not file.exists():
         partial = file.with_suffix(f".{os.getpid()}.partial")
-        with torch.inference_mode(), autocast(model, precision):
+        with torch.inference_mode(), autocast(model.device, precision):
             _fill(model, paths, partial, _Views(model, data, views, seed), on_progress)
         os.replace(partial, file)
     return _open(file)

@@ -242,12 +242,12 @@ def itc_similarities(
     return torch.cat([max_over_queries(part, texts) for part in parts]).cpu().numpy()
 
 
-def autocast(model: RetrievalModel, precision: Precision) -> AbstractContextManager[object]:
-    """Return the context in which the model computes in this precision."""
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Return the context in which a model on this device computes in this precision."""
     if precision == "fp32":
         return nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(model.device.type, dtype=dtype)
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def _normalise(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Validator:
 
         `mean_recall` is the mean of the six recalls, percent; for the rest see the functions below.
         """
-        with torch.inference_mode(), autocast(model, self._precision):
+        with torch.inference_mode(), autocast(model.device, self._precision):
             parts = [
                 model.query_pass(model.normalise_tokens(self._encoder_tokens(model, start)))
                 for start in range(0, len(self._data), IMAGES_A_BATCH)
