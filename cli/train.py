@@ -106,7 +106,10 @@ def train(
                 prepare=progress.prepare,
             )
     except KeyboardInterrupt:
-        render.say("Interrupted. The same command with --resume goes on from the last checkpoint.")
+        again = "with --resume goes on from the last checkpoint"
+        if not (folder / "recipe.json").exists():
+            again = "goes on with what was encoded"
+        render.say(f"Interrupted. The same command {again}.")
         raise typer.Exit(130) from None
     if report is not None:
         _summarise(report, progress.skipped)

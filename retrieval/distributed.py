@@ -54,9 +54,11 @@ def joined_world(use_gpu: bool) -> Iterator[World]:
     if "WORLD_SIZE" not in os.environ:
         yield World()
         return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if use_gpu:
+        torch.cuda.set_device(local_rank)  # what "cuda" means from here on
     dist.init_process_group("nccl" if use_gpu else "gloo", timeout=TIMEOUT)
     try:
-        local_rank = int(os.environ["LOCAL_RANK"])
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank)
     finally:
         dist.destroy_process_group()

@@ -1,8 +1,9 @@
 """A frozen encoder's tokens, computed once: an epoch then costs the Q-Former only.
 
 Augmentation is drawn beforehand: view 0 of an image is the squashed image of evaluation, the others
-are random resized crops, flipped half of the time. On disk the cache is an Arrow file of fp16 tokens,
-one row an image, memory-mapped; its name is the key of what it was made of.
+are random resized crops, flipped half of the time. On disk the cache is a folder, named by the key of
+what it was made of, of Arrow files of fp16 tokens, one row an image, memory-mapped. A file is there
+whole or not at all, so that a run that was stopped while it encoded goes on from there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .recipe import DataConfig
 
 OnProgress = Callable[[int, int], None]  # (images done, images to do)
 IMAGES_A_BATCH = 32
+IMAGES_A_FILE = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +68,20 @@ def encoder_tokens(
     Raises:
         ValueError: the tokens overflow float16.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     settings = f"{views} {seed} {precision} {data.crop_scale} {data.flip}"
-    file = directory / f"{_cache_key(model, paths, settings)}.arrow"
-    if not file.exists():
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        with torch.inference_mode(), autocast(model.device, precision):
-            _fill(model, paths, partial, _Views(model, data, views, seed), on_progress)
-        os.replace(partial, file)
-    return _open(file)
+    folder = directory / _cache_key(model, paths, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = _Views(model, data, views, seed)
+    cache = TokenCache([], [], [])
+    for chunk in _batches(len(paths), IMAGES_A_FILE):
+        file = folder / f"{chunk.start:08d}.arrow"
+        if not file.exists():
+            partial = file.with_suffix(f".{os.getpid()}.partial")
+            with torch.inference_mode(), autocast(model.device, precision):
+                _fill(model, paths, chunk, partial, draw, on_progress)
+            os.replace(partial, file)
+        _read(file, chunk.start, cache)
+    return cache
 
 
 def _cache_key(model: RetrievalModel, paths: Sequence[Path], settings: str) -> str:
@@ -119,6 +126,7 @@ class _Views:
 def _fill(
     model: RetrievalModel,
     paths: Sequence[Path],
+    chunk: range,
     file: Path,
     views: _Views,
     on_progress: OnProgress | None,
@@ -138,7 +146,8 @@ def _fill(
         pa.OSFile(str(file), "wb") as sink,
         pa.ipc.new_file(sink, schema) as writer,
     ):
-        for batch in _batches(len(paths), max(1, IMAGES_A_BATCH // views.views)):
+        for rows in _batches(len(chunk), max(1, IMAGES_A_BATCH // views.views)):
+            batch = chunk[rows.start : rows.stop]
             pixels = list(pool.map(views, batch, [paths[row] for row in batch]))
             good = {i: image for i, image in enumerate(pixels) if isinstance(image, Tensor)}
             tokens = np.zeros((len(batch), size), np.float16)
@@ -152,26 +161,23 @@ def _fill(
                 on_progress(batch.stop, len(paths))
 
 
-def _open(file: Path) -> TokenCache:
+def _read(file: Path, first: int, cache: TokenCache) -> None:
+    """Add a file's images, the first of which is row `first`, to the cache."""
     import pyarrow as pa
 
-    rows: list[int] = []
-    tokens: list[npt.NDArray[np.float16]] = []
-    skipped: list[str] = []
     with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
         shape = json.loads(reader.schema.metadata[b"shape"])
-        first = 0
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             values = batch.column("tokens").values.to_numpy(zero_copy_only=True)
             errors = batch.column("error").to_pylist()
-            skipped += [error for error in errors if error is not None]
-            for i, array in enumerate(values.reshape(-1, *shape)):
+            for i, tokens in enumerate(values.reshape(-1, *shape)):
                 if errors[i] is None:
-                    rows.append(first + i)
-                    tokens.append(array)
+                    cache.rows.append(first + i)
+                    cache.tokens.append(tokens)
+                else:
+                    cache.skipped.append(errors[i])
             first += batch.num_rows
-    return TokenCache(rows, tokens, skipped)
 
 
 def _encode(model: RetrievalModel, pixels: Tensor) -> npt.NDArray[np.float16]:

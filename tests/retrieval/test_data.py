@@ -211,17 +211,45 @@ def test_cached_views_are_drawn_once_and_the_first_is_the_image(images, tmp_path
         plain = model.image_encoder(torch.stack([model.image_transform(p) for p in paths]))
     assert np.allclose(np.stack(cache.tokens)[:, 0], plain.numpy(), atol=2e-2)
     assert not np.allclose(cache.tokens[0][0], cache.tokens[0][1], atol=2e-2)
-    files = sorted(tmp_path.glob("*.arrow"))
+    files = sorted(tmp_path.rglob("*.arrow"))
     told = []
     encoder_tokens(
         model, paths, tmp_path, DataConfig(), views=3, on_progress=lambda *n: told.append(n)
     )
     assert told == []  # nothing was encoded again
-    assert sorted(tmp_path.glob("*.arrow")) == files
+    assert sorted(tmp_path.rglob("*.arrow")) == files
     for other in (DataConfig(flip=False), DataConfig(crop_scale=(0.1, 1.0))):
         encoder_tokens(model, paths, tmp_path, other, views=3)
-    assert len(list(tmp_path.glob("*.arrow"))) == len(files) + 2
-    assert not list(tmp_path.glob("*.partial"))
+    assert len(list(tmp_path.rglob("*.arrow"))) == len(files) + 2
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_cache_that_was_interrupted_goes_on(images, tmp_path, monkeypatch):
+    from blip2_search.retrieval import feature_cache
+
+    monkeypatch.setattr(feature_cache, "IMAGES_A_FILE", 5)
+    monkeypatch.setattr(feature_cache, "IMAGES_A_BATCH", 2)
+    model = build_tiny_model()
+    paths = [image.path for image in images]
+    told = []
+
+    def interrupt(done, total):
+        told.append((done, total))
+        if done >= 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encoder_tokens(model, paths, tmp_path / "c", DataConfig(), on_progress=interrupt)
+    assert told[-1] == (12, 18)
+    told.clear()
+    cache = encoder_tokens(
+        model, paths, tmp_path / "c", DataConfig(), on_progress=lambda *n: told.append(n)
+    )
+    assert told[0] == (12, 18)  # the first ten were kept
+    assert cache.rows == list(range(18))
+    whole = encoder_tokens(model, paths, tmp_path / "whole", DataConfig())
+    for ours, theirs in zip(cache.tokens, whole.tokens, strict=True):
+        assert np.allclose(ours, theirs, atol=1e-2)
 
 
 def shard(path, samples):
