@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from ..retrieval.data import captions_and_owners, read_karpathy
@@ -38,7 +39,12 @@ def main() -> None:
     photos = read_karpathy(args.data, args.images, [args.split])[: args.limit]
     captions, owner = captions_and_owners(photos)
     paths = [photo.path for photo in photos]
-    report = evaluate(model, paths, captions, owner, args.rerank, args.precision)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reranking")
+        report = evaluate(
+            model, paths, captions, owner, args.rerank, args.precision,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
     report |= {
         "model": model.config.name,
         "fingerprint": model.fingerprint,

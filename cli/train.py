@@ -10,7 +10,8 @@ import typer
 from . import options, render
 
 if TYPE_CHECKING:
-    from ..retrieval.training_run import CaptionFile, RunReport
+    from ..retrieval.training_data import CaptionFile
+    from ..retrieval.training_run import RunReport
 
 
 def train(
@@ -19,12 +20,12 @@ def train(
         str, typer.Argument(metavar="RECIPE", help="A name from the list above, or a .toml file.")
     ],
     data: Annotated[
-        list[Path],
+        list[str],
         typer.Option(
             "--data",
             metavar="FILE",
             help="Captions: Karpathy .json, .csv, .tsv, .parquet, labels .json, or .tar shards. "
-            "Several are trained on together.",
+            "Several are trained on together; next to shards, others give the validation split only.",
         ),
     ],
     images: Annotated[
@@ -112,15 +113,15 @@ def train(
         render.say(f"Interrupted. The same command {again}.")
         raise typer.Exit(130) from None
     if report is not None:
-        _summarise(report, progress.skipped)
+        _summarise(report, len(progress.skipped))
 
 
-def _caption_files(data: list[Path], images: list[Path]) -> list[CaptionFile]:
-    from ..retrieval.training_run import CaptionFile
+def _caption_files(data: list[str], images: list[Path]) -> list[CaptionFile]:
+    from ..retrieval.training_data import CaptionFile
 
     if images and len(images) != len(data):
         raise typer.BadParameter("give one --images for each --data", param_hint="--images")
-    folders = images or [file.parent for file in data]
+    folders = images or [Path(file).parent for file in data]
     return [
         CaptionFile(file=file, images=folder) for file, folder in zip(data, folders, strict=True)
     ]

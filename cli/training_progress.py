@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import render
+from .progress import Rate
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -24,7 +25,7 @@ class TrainingProgress:
 
     def __init__(self) -> None:
         """Draw nothing yet."""
-        self.skipped = 0
+        self.skipped: set[str] = set()  # reasons, each with the name of the image
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._next_line = 0.0
@@ -58,15 +59,18 @@ class TrainingProgress:
 
     def prepare(self, what: str) -> OnProgress:
         """Announce a piece of preparation; return its progress callback."""
-        start = time.monotonic()
-        task = None if self._bar is None else self._bar.add_task(what, total=None, numbers="")
+        rate = Rate()
+        task: TaskID | None = None
 
         def update(done: int, total: int) -> None:
-            rate = f"{done / max(1e-9, time.monotonic() - start):.1f} images/s"
-            if self._bar is not None and task is not None:
-                self._bar.update(task, completed=done, total=total, numbers=rate)
+            nonlocal task
+            numbers = f"{rate(done):.1f} images/s"
+            if self._bar is not None:
+                if task is None:
+                    task = self._bar.add_task(what, total=total, numbers="")
+                self._bar.update(task, completed=done, numbers=numbers)
             elif self._due(done == total):
-                render.say(f"{what}: {done:,} of {total:,}, {rate}")
+                render.say(f"{what}: {done:,} of {total:,}, {numbers}")
 
         return update
 
@@ -74,9 +78,9 @@ class TrainingProgress:
         """Take an update's or a validation's numbers, or images that were skipped."""
         if "skipped" in event:
             for reason in event["skipped"]:
-                self.skipped += 1
-                if self.skipped <= SHOWN_SKIPPED:
+                if reason not in self.skipped and len(self.skipped) < SHOWN_SKIPPED:
                     self._say(f"skipped {reason}")
+                self.skipped.add(reason)
         elif "validation" in event:
             numbers = "  ".join(f"{n} {v:.1f}" for n, v in event["validation"].items() if "@" in n)
             self._say(f"update {event['step']}, validation: {numbers}")

@@ -5,7 +5,25 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-ASPECT = (3 / 4, 4 / 3)
+ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
+TRIES = 10
+
+
+def _box(
+    size: tuple[int, int], scale: tuple[float, float], generator: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """Draw a box as torchvision's RandomResizedCrop does: try ten times, then take the middle."""
+    width, height = size
+    for _ in range(TRIES):
+        area = generator.uniform(*scale) * width * height
+        aspect = np.exp(generator.uniform(*np.log(ASPECT)))
+        w, h = np.sqrt(area * aspect), np.sqrt(area / aspect)
+        if w <= width and h <= height:
+            left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
+            return left, top, left + w, top + h
+    w, h = min(width, height * ASPECT[1]), min(height, width / ASPECT[0])
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
 
 
 def random_crop(
@@ -25,13 +43,7 @@ def random_crop(
         scale: the least and the largest share of the area.
         flip: mirror every other image, left to right.
     """
-    share = generator.uniform(*scale)
-    aspect = np.exp(generator.uniform(*np.log(ASPECT)))
-    width = min(image.width, image.width * np.sqrt(share * aspect))
-    height = min(image.height, image.height * np.sqrt(share / aspect))
-    left = generator.uniform(0, image.width - width)
-    top = generator.uniform(0, image.height - height)
-    box = (left, top, left + width, top + height)
+    box = _box(image.size, scale, generator)
     crop = image.resize(size, Image.Resampling.BICUBIC, box=box)
     mirrored = generator.random() < 0.5
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and mirrored else crop

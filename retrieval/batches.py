@@ -6,10 +6,9 @@ any number of processes, and after a resumption.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
-import json
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -17,19 +16,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from .augment import random_crop
-from .data import CAPTION_COLUMNS, CaptionedImage
+from .data import CaptionedImage
 from .distributed import World
 from .errors import DatasetError, ImageReadError
 from .feature_cache import TokenCache
 from .preprocess import ImageTransform, load_image
 from .recipe import DataConfig
-
-SHUFFLED_SAMPLES = 1000  # of a stream, held in memory so that neighbours part
-SKIPPED_IN_A_ROW = 100  # of a stream, before it is given up
 
 
 class Batch(NamedTuple):
@@ -101,15 +98,29 @@ class DrawnImages:
         """Yield batches; in place of an image that cannot be read stands the next one that can."""
         dataset = _Drawings(self._data, self._transform, self._config, seed)
         sampler = _Rows(len(self._data), batch_size, first, seed, world)
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=_collate,
-            num_workers=self._config.workers,
-            worker_init_fn=_ignore_interrupts,
-            persistent_workers=False,
-        )
-        yield from loader
+        return load_batches(dataset, self._config.workers, batch_sampler=sampler)
+
+
+def load_batches(dataset: Dataset[Any], workers: int, **sampling: Any) -> Iterator[Batch]:
+    """Yield the batches of a dataset of `Drawn`, decoded by worker processes.
+
+    Args:
+        dataset: an item may also be a DatasetError, which is raised here: raised in a worker, its
+            message would be that worker's traceback.
+        workers: processes; 0 decodes in this one.
+        sampling: what else DataLoader wants to know.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        collate_fn=_collate,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        **sampling,
+    )
+    for batch in loader:
+        if isinstance(batch, DatasetError):
+            raise batch
+        yield batch
 
 
 def epoch_rows(
@@ -135,7 +146,9 @@ def _draw_caption(image: CaptionedImage, generator: np.random.Generator) -> str:
     return image.captions[generator.integers(len(image.captions))]
 
 
-class _Drawn(NamedTuple):
+class Drawn(NamedTuple):
+    """One image and caption, as a worker draws them."""
+
     pixels: Tensor
     caption: str
     group: int
@@ -156,7 +169,7 @@ class _Rows:
             yield [(epoch, int(row)) for row in rows[self._own]]
 
 
-class _Drawings(Dataset[_Drawn]):
+class _Drawings(Dataset["Drawn | DatasetError"]):
     def __init__(
         self,
         data: Sequence[CaptionedImage],
@@ -170,7 +183,7 @@ class _Drawings(Dataset[_Drawn]):
         self._config = config
         self._seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> _Drawn:
+    def __getitem__(self, key: tuple[int, int]) -> Drawn | DatasetError:
         epoch, row = key
         skipped: list[str] = []
         for candidate in itertools.chain(range(row, len(self._data)), range(row)):
@@ -182,19 +195,29 @@ class _Drawings(Dataset[_Drawn]):
                 continue
             generator = np.random.default_rng((self._seed, epoch, candidate))
             caption = _draw_caption(image, generator)
-            pixels = _crop(loaded, self._transform, self._config, generator)
-            return _Drawn(pixels, caption, int(self._groups[candidate]), skipped)
-        raise DatasetError(f"none of the {len(self._data)} images can be read: {skipped[0]}")
+            pixels = crop_to_pixels(loaded, self._transform, self._config, generator)
+            return Drawn(pixels, caption, int(self._groups[candidate]), skipped)
+        return DatasetError(f"none of the {len(self._data)} images can be read: {skipped[0]}")
 
 
-def _crop(
-    image: Any, transform: ImageTransform, config: DataConfig, generator: np.random.Generator
+def crop_to_pixels(
+    image: Image.Image,
+    transform: ImageTransform,
+    config: DataConfig,
+    generator: np.random.Generator,
 ) -> Tensor:
+    """Augment an image, if wanted, and return its pixels (3, S, S)."""
+    if not config.augment:
+        return transform.squash(image)
     crop = random_crop(image, transform.size, generator, scale=config.crop_scale, flip=config.flip)
     return transform.normalise(crop)
 
 
-def _collate(drawn: Sequence[_Drawn]) -> Batch:
+def _collate(items: Sequence[Drawn | DatasetError]) -> Batch | DatasetError:
+    drawn = [item for item in items if isinstance(item, Drawn)]
+    for item in items:
+        if isinstance(item, DatasetError):
+            return item
     return Batch(
         torch.stack([one.pixels for one in drawn]),
         [one.caption for one in drawn],
@@ -203,121 +226,8 @@ def _collate(drawn: Sequence[_Drawn]) -> Batch:
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which reaches the whole group of processes, to the trainer."""
-    import signal
-
+def _start_worker(worker: int) -> None:
+    """Leave the signals that reach a whole group of processes to the trainer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class Shards:
-    """Shards of webdataset, streamed: images, each with a `.txt` caption or a `.json` that has one.
-
-    Shards are drawn with replacement, so that any number of processes and workers can read any number
-    of shards for ever. A resumed run draws anew: the stream does not go on where it stopped.
-    """
-
-    encoded = False
-    images: int | None = None
-
-    def __init__(
-        self, shards: Sequence[str], transform: ImageTransform, config: DataConfig
-    ) -> None:
-        """Take the shards: paths or URLs, also in webdataset's notation, `train-{000..131}.tar`.
-
-        Raises:
-            DatasetError: webdataset is not installed.
-        """
-        try:
-            import webdataset  # noqa: F401
-        except ImportError as error:
-            raise DatasetError(
-                "shards need webdataset: pip install 'blip2-search[train]'"
-            ) from error
-        self._shards = list(shards)
-        self._transform = transform
-        self._config = config
-
-    def batches(self, batch_size: int, first: int, seed: int, world: World) -> Iterator[Batch]:
-        """Yield batches; an image that cannot be read is left out."""
-        stream = _Stream(self._shards, self._transform, self._config, (seed, first, world.rank))
-        loader = DataLoader(
-            stream,
-            batch_size=world.share(batch_size),
-            collate_fn=_collate,
-            num_workers=self._config.workers,
-            worker_init_fn=_ignore_interrupts,
-        )
-        yield from loader
-
-
-class _Stream(IterableDataset[_Drawn]):
-    def __init__(
-        self,
-        shards: Sequence[str],
-        transform: ImageTransform,
-        config: DataConfig,
-        seeds: tuple[int, int, int],
-    ) -> None:
-        self._shards = list(shards)
-        self._transform = transform
-        self._config = config
-        self._seeds = seeds
-
-    def __iter__(self) -> Iterator[_Drawn]:
-        import webdataset
-
-        worker = get_worker_info()
-        generator = np.random.default_rng((*self._seeds, worker.id if worker else 0))
-        samples = webdataset.DataPipeline(
-            _DrawnShards(self._shards, generator),
-            webdataset.tarfile_to_samples(),
-            webdataset.shuffle(SHUFFLED_SAMPLES, seed=int(generator.integers(2**31))),
-        )
-        skipped: list[str] = []
-        for sample in samples:
-            name = f"{sample.get('__url__', '')}/{sample['__key__']}"
-            try:
-                caption = _caption_of(sample, generator)
-                loaded = load_image(io.BytesIO(_image_of(sample)))
-            except (ImageReadError, DatasetError) as error:
-                skipped.append(f"{name}: {error}")
-                if len(skipped) > SKIPPED_IN_A_ROW:
-                    raise DatasetError(f"nothing readable in the shards: {skipped[0]}") from error
-                continue
-            pixels = _crop(loaded, self._transform, self._config, generator)
-            digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
-            yield _Drawn(pixels, caption, int.from_bytes(digest, "big"), skipped)
-            skipped = []
-
-
-class _DrawnShards(IterableDataset[dict[str, str]]):
-    """Shards drawn with replacement, as webdataset's pipelines take them."""
-
-    def __init__(self, shards: Sequence[str], generator: np.random.Generator) -> None:
-        from webdataset.shardlists import expand_urls
-
-        self._urls = [url for shard in shards for url in expand_urls(shard)]
-        self._generator = generator
-
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        while True:
-            yield {"url": self._urls[self._generator.integers(len(self._urls))]}
-
-
-def _image_of(sample: dict[str, Any]) -> bytes:
-    for name, content in sample.items():
-        if name.rpartition(".")[2].lower() in ("jpg", "jpeg", "png", "webp"):
-            return bytes(content)
-    raise DatasetError("the sample has no .jpg, .jpeg, .png or .webp")
-
-
-def _caption_of(sample: dict[str, Any], generator: np.random.Generator) -> str:
-    if "txt" in sample:
-        return str(sample["txt"].decode(errors="replace"))
-    try:
-        fields = json.loads(sample["json"])
-        captions = next(fields[name] for name in CAPTION_COLUMNS if name in fields)
-    except (KeyError, ValueError, StopIteration, TypeError) as error:
-        raise DatasetError("the sample has no .txt and no caption in .json") from error
-    return str(captions if isinstance(captions, str) else generator.choice(captions))
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 EncoderKind = Literal["timm", "open_clip", "blip2_vision"]
@@ -124,15 +125,42 @@ class ModelConfig:
 
 
 def build_dataclass(cls: type[T], data: Mapping[str, Any], where: str) -> T:
-    """Build a dataclass from a mapping.
+    """Build a dataclass from what JSON or TOML gives.
 
     Raises:
-        ValueError: an unknown or missing field, named, or a value that `__post_init__` refuses.
+        ValueError: an unknown or missing field, named; a value of another type than the field's, or
+            one that `__post_init__` refuses.
     """
     unknown = sorted(set(data) - {f.name for f in fields(cls)})  # type: ignore[arg-type]
     if unknown:
         raise ValueError(f"unknown field(s) in the {where} configuration: {', '.join(unknown)}")
+    types = get_type_hints(cls)
+    for name, value in data.items():
+        if not _fits(value, types[name]):
+            wanted = getattr(types[name], "__name__", str(types[name])).removeprefix("typing.")
+            raise ValueError(f"{where}.{name} cannot be {value!r}: it is {wanted}")
     try:
         return cls(**data)
     except TypeError as error:
         raise ValueError(f"incomplete {where} configuration: {error}") from error
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Tell whether a value is of a field's type; lists pass for tuples, integers for floats."""
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return False
+        kinds = arguments[:1] * len(value) if arguments[1:] == (Ellipsis,) else arguments
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if wanted is Any:
+        return True
+    if wanted is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or wanted)

@@ -19,6 +19,7 @@ from .errors import DatasetError, EmptySplitError
 
 PATH_COLUMNS = ("path", "image", "filepath", "filename", "file_name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
+TEXT = (*PATH_COLUMNS, *CAPTION_COLUMNS, "split")
 TEMPLATES = (  # of captions for a photograph that has a label only
     "{}",
     "a photo of {}",
@@ -97,6 +98,7 @@ def read_table(
             table = csv.read_csv(
                 file,
                 parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                convert_options=csv.ConvertOptions(column_types=dict.fromkeys(TEXT, pa.string())),
             )
     except OSError as error:
         raise DatasetError(f"cannot read {file}: {error.strerror or error}") from error
@@ -107,10 +109,12 @@ def read_table(
     caption = _column(file, names, CAPTION_COLUMNS)
     captions: dict[str, list[str]] = {}
     for row in table.select([path, caption, *(["split"] if "split" in names else [])]).to_pylist():
-        if row.get("split", "train") not in splits or not row[path] or not row[caption]:
+        if (row.get("split") or "train") not in splits or not row[path] or not row[caption]:
             continue
-        cell = row[caption]
-        captions.setdefault(str(row[path]), []).extend([cell] if isinstance(cell, str) else cell)
+        cell = [row[caption]] if isinstance(row[caption], str) else row[caption]
+        if not isinstance(cell, list) or not all(isinstance(one, str) for one in cell):
+            raise DatasetError(f"{file}: {row[caption]!r} in the column {caption} is no caption")
+        captions.setdefault(str(row[path]), []).extend(cell)
     found = [
         CaptionedImage(path=images / name, captions=tuple(of), group=str(images / name))
         for name, of in captions.items()
@@ -165,7 +169,8 @@ def _karpathy_images(
 ) -> list[CaptionedImage]:
     try:
         wanted = [entry for entry in data["images"] if entry["split"] in splits]
-        found = [_karpathy_image(entry, images) for entry in wanted]
+        read = [_karpathy_image(entry, images) for entry in wanted]
+        found = [image for image in read if image.captions]
     except (KeyError, TypeError, ValueError) as error:
         raise DatasetError(f"{file} is not in Karpathy's format: {error!r}") from error
     return _not_empty(found, file, splits)

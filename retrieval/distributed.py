@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(hours=2)  # the others wait while the first process validates
+from .errors import TrainingError
+
+TIMEOUT = timedelta(days=1)  # the others wait while the first process encodes and validates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +31,9 @@ class World:
         """Whether this process writes files and messages."""
         return self.rank == 0
 
-    def share(self, total: int) -> int:
-        """Return how many of `total` fall to each process.
-
-        Raises:
-            ValueError: they cannot be divided evenly.
-        """
-        if total % self.size:
-            raise ValueError(f"{total} cannot be divided evenly among {self.size} processes")
-        return total // self.size
-
     def own(self, total: int) -> slice:
-        """Return which of `total` are this process's."""
-        share = self.share(total)
+        """Return which of `total`, a multiple of `size`, are this process's."""
+        share = total // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
@@ -100,6 +92,30 @@ def any_says(flag: bool) -> bool:
     return bool(answer)
 
 
+def check_agreement(step: int) -> None:
+    """Check that all processes resume at one update.
+
+    Raises:
+        TrainingError: they found different checkpoints.
+    """
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    steps = gather(torch.tensor([step], device="cuda" if on_gpu else "cpu")).tolist()
+    if len(set(steps)) > 1:
+        raise TrainingError(
+            f"the processes found checkpoints of different updates, {steps}: "
+            "all of them must see the same --out"
+        )
+
+
+def gather_reasons(reasons: list[str]) -> list[str]:
+    """Return the reasons of all processes."""
+    if not dist.is_initialized():
+        return reasons
+    of_all: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_all, reasons)
+    return [reason for part in of_all for reason in part]
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -110,7 +126,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
+        gradient = gradients[0].clone()  # not ours to change
         dist.all_reduce(gradient)
         start = dist.get_rank() * ctx.rows
         return gradient[start : start + ctx.rows]

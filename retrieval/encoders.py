@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .config import EncoderConfig
 from .errors import CheckpointError
 
-_BLOCK = re.compile(r"\b(?:blocks|resblocks|layers)\.(\d+)\.")
+_BLOCK = re.compile(r"\b(?:stages|blocks|resblocks|layers)\.(\d+)\.")  # the outermost counts
 _BELOW_THE_BLOCKS = re.compile(r"embed|cls_token|conv_stem|\bbn1\b|\bconv1\b|ln_pre")
 
 
@@ -190,7 +190,8 @@ class Blip2VisionEncoder(ImageEncoder):
         """Recompute the blocks in the backward pass."""
         model = self.vision_model  # transformers 5 renames the method
         enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)()
+        # Re-entrant checkpoints would drop the gradient where the lowest layers are frozen.
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def resize(self, image_size: int) -> None:
         """Take images of another size."""

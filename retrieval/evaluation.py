@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.progress import track
 
+from .feature_cache import OnProgress
 from .metrics import recall_table
 from .model import Precision, RetrievalModel, autocast, image_features, itc_similarities
 from .validation import mean_query_cosine
@@ -47,17 +46,19 @@ def match_all(
     image_tokens: torch.Tensor,
     captions: Sequence[str],
     pairs: tuple[Int64, Int64],
+    on_progress: OnProgress | None = None,
 ) -> Scores:
     """Return the ITM logit of every pair; pairs of like length go together, to waste no padding."""
     images, texts = pairs
     lengths = model.tokenize(captions).mask.sum(dim=1).cpu().numpy()
     order = np.argsort(lengths[texts], kind="stable")
     scores = np.empty(len(order), np.float32)
-    starts = range(0, len(order), CHUNK)
-    for start in track(starts, description="reranking", console=Console(stderr=True)):
+    for start in range(0, len(order), CHUNK):
         rows = order[start : start + CHUNK]
         tokens = image_tokens[torch.from_numpy(images[rows])]
         scores[rows] = model.match(tokens, [captions[text] for text in texts[rows]])
+        if on_progress is not None:
+            on_progress(min(start + CHUNK, len(order)), len(order))
     return scores
 
 
@@ -89,6 +90,7 @@ def evaluate(
     owner: Int64,
     k: int,
     precision: Precision = "fp32",
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Return {"itc": {"tr@1": ...}, "itc+itm": {...}, "seconds": {...}}.
 
@@ -99,6 +101,7 @@ def evaluate(
         owner: (B,), the image of each caption.
         k: candidates to rerank; 0 is ITC alone.
         precision: of the rerank; ITC is computed in full.
+        on_progress: called with the pairs that are reranked, and how many there are.
     """
     start = time.perf_counter()
     tokens = model.image_tokens(paths)
@@ -113,7 +116,7 @@ def evaluate(
         start = time.perf_counter()
         pairs = candidates(itc, k)
         with autocast(model.device, precision):
-            itm = match_all(model, tokens, captions, pairs)
+            itm = match_all(model, tokens, captions, pairs, on_progress)
         report["itc+itm"] = rerank_table(itc, itm, pairs, k, owner)
         report["seconds"]["rerank"] = time.perf_counter() - start
     return report

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .augment import random_crop
-from .errors import ImageReadError
+from .errors import ImageReadError, TrainingError
 from .model import Precision, RetrievalModel, autocast
 from .preprocess import load_image
 from .recipe import DataConfig
@@ -66,9 +66,11 @@ def encoder_tokens(
         on_progress: called after every batch that is encoded.
 
     Raises:
-        ValueError: the tokens overflow float16.
+        TrainingError: the tokens overflow float16.
     """
-    settings = f"{views} {seed} {precision} {data.crop_scale} {data.flip}"
+    settings = f"{views} {precision}"
+    if views > 1:
+        settings += f" {seed} {data.crop_scale} {data.flip}"
     folder = directory / _cache_key(model, paths, settings)
     folder.mkdir(parents=True, exist_ok=True)
     draw = _Views(model, data, views, seed)
@@ -77,9 +79,12 @@ def encoder_tokens(
         file = folder / f"{chunk.start:08d}.arrow"
         if not file.exists():
             partial = file.with_suffix(f".{os.getpid()}.partial")
-            with torch.inference_mode(), autocast(model.device, precision):
-                _fill(model, paths, chunk, partial, draw, on_progress)
-            os.replace(partial, file)
+            try:
+                with torch.inference_mode(), autocast(model.device, precision):
+                    _fill(model, paths, chunk, partial, draw, on_progress)
+                os.replace(partial, file)
+            finally:
+                partial.unlink(missing_ok=True)
         _read(file, chunk.start, cache)
     return cache
 
@@ -185,7 +190,7 @@ def _encode(model: RetrievalModel, pixels: Tensor) -> npt.NDArray[np.float16]:
         "cpu", torch.float16
     )
     if not tokens.isfinite().all():
-        raise ValueError("the encoder's tokens do not fit into float16")
+        raise TrainingError("the encoder's tokens do not fit into float16: --set data.views=0")
     array: npt.NDArray[np.float16] = tokens.numpy()
     return array
 

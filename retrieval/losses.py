@@ -68,25 +68,23 @@ def sample_hard_negatives(
 ) -> Tensor:
     """Draw one negative column for every row: (b,), int64, numbers within the B of all processes.
 
+    A row without a column of another group gets -1.
+
     Args:
         logits: (b, B), a similarity of `ITC`.
         group_ids: (b,); a row never draws a column of its own group.
         hardness: 1 draws from softmax(logits), 0 uniformly; in between, from a flattened softmax.
         generator: on the CPU and in the same state in all processes, which then draw together what
             one process would.
-
-    Raises:
-        ValueError: a row has no column of another group.
     """
     same = group_ids[:, None] == gather(group_ids)[None, :]
-    if bool(same.all(dim=1).any()):
-        raise ValueError("no negatives: a batch needs at least two different images")
     total = logits.shape[1]
     uniform = torch.rand(total, total, generator=generator).clamp_min(1e-20)
     gumbel = own_rows(-torch.log(-torch.log(uniform))).to(logits.device)
     # The largest of log-weights plus Gumbel noise is a draw from their softmax.
     scores = hardness * logits + gumbel
-    return scores.masked_fill(same, float("-inf")).argmax(dim=1)
+    drawn = scores.masked_fill(same, float("-inf")).argmax(dim=1)
+    return drawn.masked_fill(same.all(dim=1), -1)
 
 
 def itm_loss(
@@ -102,6 +100,8 @@ def itm_loss(
 ) -> Tensor:
     """Image-text matching loss over positives, hard negative images and hard negative texts.
 
+    Zero in a batch of one, which has no negatives: positives alone would teach that all matches.
+
     Args:
         model: gives the match logits.
         encoder_tokens: (b, P, D), before `ln_vision`.
@@ -115,14 +115,21 @@ def itm_loss(
     draw = (group_ids, hardness, generator)
     negative_text = sample_hard_negatives(itc.image_to_text, *draw)[:anchors]
     negative_image = sample_hard_negatives(itc.text_to_image, *draw)[:anchors]
-    own_images, own_text = encoder_tokens[:anchors], text.first(anchors)
+    all_images = gather(encoder_tokens)
     all_text = TextBatch(gather(text.token_ids), gather(text.mask))
-    images = torch.cat((own_images, gather(encoder_tokens)[negative_image], own_images))
-    texts = TextBatch.concatenate((own_text, own_text, all_text.select(negative_text)))
+    own = torch.arange(len(negative_text), device=encoder_tokens.device)
+    with_image, with_text = own[negative_image >= 0], own[negative_text >= 0]
+    images = torch.cat(
+        (encoder_tokens[own], all_images[negative_image[with_image]], encoder_tokens[with_text])
+    )
+    texts = TextBatch.concatenate(
+        (text.select(own), text.select(with_image), all_text.select(negative_text[with_text]))
+    )
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    labels[: len(own_images)] = 1
+    labels[: len(own)] = 1
     logits = model.match_logits(model.normalise_tokens(images), texts)
-    return F.cross_entropy(logits.float(), labels)
+    loss = F.cross_entropy(logits.float(), labels)
+    return loss if len(labels) > len(own) else 0.0 * loss
 
 
 def itg_loss(

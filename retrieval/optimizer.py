@@ -13,7 +13,10 @@ from .recipe import TrainConfig
 
 # Layers that start from random numbers where the Q-Former starts from a BERT.
 NEW = ("query_tokens", "cross_attention", "ln_vision", "image_positions", "_proj.", "itm_head")
-NOT_DECAYED = ("query_tokens", "image_positions", "temperature", "pos_embed", "position_embedding")
+NOT_DECAYED = (
+    "query_tokens", "image_positions", "cls_token", "class_embedding",
+    "pos_embed", "position_embedding", "positional_embedding",
+)  # fmt: skip
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -46,7 +49,7 @@ def hardness(step: int, config: TrainConfig) -> float:
 
 
 def freeze_unused(model: RetrievalModel, config: TrainConfig) -> None:
-    """Decide what is trained: everything but a frozen encoder and the heads of absent objectives."""
+    """Decide what is trained: not a frozen encoder, nor the head of an objective without weight."""
     model.requires_grad_(True)
     model.image_encoder.freeze(not config.train_encoder)
     if config.train_encoder and config.encoder_layers is not None:
@@ -54,6 +57,8 @@ def freeze_unused(model: RetrievalModel, config: TrainConfig) -> None:
         for name, parameter in model.image_encoder.named_parameters():
             parameter.requires_grad_(above[name] <= config.encoder_layers)
     model.itm_head.requires_grad_(config.itm_weight > 0)
+    for itc_only in (model.vision_proj, model.text_proj, model.temperature):
+        itc_only.requires_grad_(config.itc_weight > 0)
     if model.lm_head is not None:
         model.lm_head.requires_grad_(config.itg_weight > 0)
 

@@ -122,10 +122,6 @@ class TextBatch:
         """Return some of the captions; `rows` (B',) are their numbers."""
         return TextBatch(self.token_ids[rows], self.mask[rows])
 
-    def first(self, count: int | None) -> TextBatch:
-        """Return the first captions; None is all."""
-        return TextBatch(self.token_ids[:count], self.mask[:count])
-
     def padded(self, length: int) -> TextBatch:
         """Return the batch padded further, to so many tokens."""
         more = (0, length - self.token_ids.shape[1])

@@ -38,8 +38,8 @@ class StartConfig:
     checkpoint: str = ""
     bert: str = ""
     encoder: str = ""
-    # Query tokens start as a sentence of these words, [CLS] ... [SEP] with positions; one short of
-    # num_queries - 2 is an error. None: random, as in the paper.
+    # Query tokens start as a sentence, [CLS] ... [SEP], of these num_queries - 2 words; without words
+    # they are random, as in the paper.
     query_words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -55,12 +55,20 @@ class DataConfig:
 
     splits: tuple[str, ...] = ("train",)
     validation_splits: tuple[str, ...] = ("val",)
+    validation_share: float = (
+        0.05  # of the training images, held out where no file has such a split
+    )
+    # What an epoch is made of: "images", one caption of each drawn at random, or "captions", each
+    # with its image; then captions of one image may meet in a batch.
+    rows: Literal["images", "captions"] = "images"
+    augment: bool = True  # random resized crop and flip
     crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the area that a random crop keeps
     flip: bool = True
     text_tokens: int = 32  # T, longest caption
     image_size: int | None = None  # pixels; None is the checkpoint's
     # Views of an image that are drawn and encoded beforehand, where the encoder is frozen: an epoch
-    # then costs the Q-Former only. 0 draws and encodes a new one each time.
+    # then costs the Q-Former only. 0 draws and encodes a new one each time (without augmentation
+    # there is only one, which is always encoded beforehand).
     views: int = 0
     workers: int = 4  # decoding processes
 
@@ -73,6 +81,10 @@ class DataConfig:
             raise ValueError("crop_scale is two shares of the area, 0 < low <= high <= 1")
         if self.text_tokens < 3 or self.views < 0 or self.workers < 0:
             raise ValueError("text_tokens is at least 3, views and workers at least 0")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError("validation_share is in [0, 1)")
+        if self.rows == "captions" and self.views:
+            raise ValueError("data.views caches images: it excludes data.rows = 'captions'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +101,8 @@ class TrainConfig:
     itc_weight: float = 1.0
     itm_weight: float = 1.0
     itg_weight: float = 1.0
-    itm_anchors: int | None = (
-        None  # pairs of a batch that ITM starts from; None is all, as published
-    )
+    # Pairs of a batch that ITM starts from, over all processes; None is all, as published.
+    itm_anchors: int | None = None
     # ITM's negatives are drawn uniformly up to here, by ITC similarity from there on, and in between
     # ever harder (updates). Hard ones from the first update are the paper's way; on small data ITM
     # then never leaves the prior.
@@ -124,7 +135,6 @@ class TrainConfig:
     validate_every: int = 1000  # updates
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
-    log_every: int = 1
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that cannot train."""
@@ -132,19 +142,19 @@ class TrainConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("[train] needs steps or epochs, and not both")
         for name in (
-            "batch_size", "accumulate", "validate_every", "checkpoint_every",
-            "keep_checkpoints", "log_every",
+            "steps", "epochs", "batch_size", "accumulate", "itm_anchors", "encoder_layers",
+            "validate_every", "checkpoint_every", "keep_checkpoints",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and (value <= 0 if name == "epochs" else value < 1):
                 raise ValueError(f"{name} must be at least 1")
+        for name in ("lr", "min_lr", "warmup_lr", "warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
         if not (self.itc_weight or self.itm_weight or self.itg_weight):
             raise ValueError("at least one of itc_weight, itm_weight and itg_weight is positive")
-        if self.itm_weight and self.batch_size < 2:
-            raise ValueError("ITM needs a batch_size of 2: its negatives come from the batch")
         if self.hard_negatives_full < self.hard_negatives_from:
             raise ValueError("hard_negatives_full is not before hard_negatives_from")
-        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
-            raise ValueError(f"unknown precision {self.precision!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError("ema_decay is in [0, 1)")
 
@@ -240,7 +250,20 @@ def _apply(data: dict[str, Any], change: str) -> None:
     try:
         table[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        table[key] = text
+        table[key] = text  # where a string is wanted; elsewhere its type is refused
+
+
+def check_length(config: TrainConfig, images: int) -> None:
+    """Check that an epoch of so many images holds a batch.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    if images < config.batch_size:
+        raise RecipeError(
+            f"{images} images are fewer than a batch of {config.batch_size}: "
+            f"--set train.batch_size={images}"
+        )
 
 
 def with_total_steps(config: TrainConfig, images: int | None) -> TrainConfig:
@@ -253,11 +276,8 @@ def with_total_steps(config: TrainConfig, images: int | None) -> TrainConfig:
     Raises:
         RecipeError: epochs are asked of a stream, or there are too few images for a batch.
     """
-    if images is not None and images < config.batch_size:
-        raise RecipeError(
-            f"{images} images are fewer than a batch of {config.batch_size}: "
-            f"--set train.batch_size={images}"
-        )
+    if images is not None:
+        check_length(config, images)
     if config.epochs is None:
         return config
     if images is None:

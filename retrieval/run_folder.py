@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from ..indexes.files import replace_file
+from ..indexes.files import replace_file, sync_folder
 from .checkpoints import save_model
 from .errors import TrainingError
 from .model import RetrievalModel
@@ -59,7 +59,7 @@ class RunFolder:
         self._recipe = path / "recipe.json"
         self._checkpoints = path / "checkpoints"
 
-    def check(self, recipe: Recipe, *, resume: bool) -> None:
+    def check(self, recipe: Recipe, files: Sequence[str], *, resume: bool) -> None:
         """Check that a run may begin here, or that the run that is here can be gone on with.
 
         Raises:
@@ -71,14 +71,15 @@ class RunFolder:
             raise TrainingError(
                 f"{self.path} holds a run already: --resume goes on with it, --out chooses another"
             )
-        difference = _first_difference(json.loads(self._recipe.read_text()), _plain(recipe))
+        old = json.loads(self._recipe.read_text(encoding="utf-8"))
+        difference = _first_difference(old, _plain(recipe, files))
         if difference:
             raise TrainingError(f"{self.path} followed another recipe: {difference}")
 
-    def begin(self, recipe: Recipe) -> None:
-        """Make the folder, and write down what is trained."""
+    def begin(self, recipe: Recipe, files: Sequence[str]) -> None:
+        """Make the folder, and write down what is trained, and on which files."""
         self.path.mkdir(parents=True, exist_ok=True)
-        replace_file(self._recipe, (json.dumps(_plain(recipe), indent=2) + "\n").encode())
+        replace_file(self._recipe, (json.dumps(_plain(recipe, files), indent=2) + "\n").encode())
 
     def is_calibrated(self) -> bool:
         """Tell whether the best model's ITM head was scaled already."""
@@ -86,7 +87,8 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return the whole checkpoints, the oldest first."""
-        return sorted(p for p in self._checkpoints.glob("step-*") if p.suffix != PARTIAL)
+        whole = [p for p in self._checkpoints.glob("step-*") if p.suffix != PARTIAL]
+        return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
     def save(self, state: TrainingState, *, keep: int) -> Path:
         """Write a checkpoint, then delete all but the last `keep`."""
@@ -101,9 +103,13 @@ class RunFolder:
             "scaler": state.scaler.state_dict(),
             "average": None if state.average is None else state.average.state_dict(),
         }
-        torch.save(content, partial / "state.pt")
+        with open(partial / "state.pt", "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
+        sync_folder(self._checkpoints)
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old)
         return final
@@ -139,12 +145,17 @@ class RunFolder:
     def log(self, event: Mapping[str, Any]) -> None:
         """Append to the log; an observer of the trainer."""
         with self.log_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(event) + "\n")
+            stream.write(json.dumps({key: _finite(value) for key, value in event.items()}) + "\n")
 
 
-def _plain(recipe: Recipe) -> Any:
+def _plain(recipe: Recipe, files: Sequence[str]) -> Any:
     """Return what JSON makes of a recipe: lists for tuples."""
-    return json.loads(json.dumps(recipe.to_dict()))
+    return json.loads(json.dumps({**recipe.to_dict(), "files": list(files)}))
+
+
+def _finite(value: Any) -> Any:
+    """Return null for what JSON has no number for, such as the norm of overflown gradients."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _first_difference(old: Any, new: Any, where: str = "") -> str | None:

@@ -147,8 +147,25 @@ def _copy_bert(model: RetrievalModel, bert: Mapping[str, Tensor], source: str) -
     _copy(
         q["position_embeddings.weight"], bert[positions] + bert[kinds][0], f"{source}: {positions}"
     )
+    _copy_language_model_head(model, bert, source)
     rows = len(bert[words])
     _copy(q["word_embeddings.weight"][:rows], bert[words], f"{source}: {words}")
+
+
+def _copy_language_model_head(
+    model: RetrievalModel, bert: Mapping[str, Tensor], source: str
+) -> None:
+    """Copy BERT's prediction head, where the checkpoint has one: sentence models have none."""
+    head = model.lm_head
+    if head is None or "cls.predictions.transform.dense.weight" not in bert:
+        return
+    ours = head.state_dict()
+    for name, theirs in (("transform", "dense"), ("norm", "LayerNorm")):
+        for kind in ("weight", "bias"):
+            their_name = f"cls.predictions.transform.{theirs}.{kind}"
+            _copy(ours[f"{name}.{kind}"], bert[their_name], f"{source}: {their_name}")
+    bias = bert["cls.predictions.bias"]
+    _copy(ours["bias"][: len(bias)], bias, f"{source}: cls.predictions.bias")
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batches import Batch, BatchSource
-from .distributed import World, any_says, gather
-from .errors import TrainingError
+from .distributed import World, any_says, gather, gather_reasons
+from .errors import DeviceMemoryError, RecipeError, TrainingError
 from .interrupts import deferred_interrupts
 from .losses import itc_loss, itg_loss, itm_loss
 from .model import Precision, RetrievalModel, autocast
@@ -35,12 +35,15 @@ Validate = Callable[[RetrievalModel], dict[str, float]]
 class Objectives(nn.Module):
     """The losses of a batch, as one module that DDP can wrap."""
 
-    def __init__(self, model: RetrievalModel, config: TrainConfig, encoded: bool) -> None:
-        """Compute from encoder tokens (`encoded`) or from pixels."""
+    def __init__(
+        self, model: RetrievalModel, config: TrainConfig, encoded: bool, processes: int = 1
+    ) -> None:
+        """Compute from encoder tokens (`encoded`) or from pixels; each process does its share."""
         super().__init__()
         self.model = model
         self.config = config
         self.encoded = encoded
+        self._anchors = config.itm_anchors and config.itm_anchors // processes
 
     def forward(
         self, images: Tensor, text: TextBatch, group_ids: Tensor, hard: float, seed: int
@@ -67,7 +70,7 @@ class Objectives(nn.Module):
             losses["itm"] = itm_loss(
                 model, tokens, text, itc, group_ids,
                 hardness=hard,
-                anchors=config.itm_anchors,
+                anchors=self._anchors,
                 generator=torch.Generator().manual_seed(seed),
             )  # fmt: skip
         if config.itg_weight:
@@ -104,11 +107,24 @@ class Trainer:
                 it returns decides which model is the best.
             observers: called in the first process with the numbers of every update and validation,
                 and with {"skipped": [reason, ...]} for images that could not be read.
+
+        Raises:
+            RecipeError: the recipe cannot train this model, or not in this world.
         """
         if config.steps is None:
             raise ValueError("count the epochs out as steps first: with_total_steps")
+        if config.itg_weight and model.lm_head is None:
+            raise RecipeError(
+                "this model was published without a language-model head: --set train.itg_weight=0"
+            )
         self.model, self.config, self.source = model, config, source
         self.world = world or World()
+        for name in ("batch_size", "itm_anchors"):
+            if (getattr(config, name) or 0) % self.world.size:
+                raise RecipeError(
+                    f"train.{name}={getattr(config, name)} cannot be divided evenly among "
+                    f"{self.world.size} processes"
+                )
         self._steps = config.steps
         self._text_transform = text_transform or model.text_transform
         self._folder, self._validate, self._observers = folder, validate, observers
@@ -118,7 +134,7 @@ class Trainer:
         if config.gradient_checkpointing:
             model.image_encoder.checkpoint_gradients()
         freeze_unused(model, config)
-        objectives = Objectives(model, config, source.encoded)
+        objectives = Objectives(model, config, source.encoded, self.world.size)
         self.state = TrainingState(
             model=model,
             optimizer=torch.optim.AdamW(parameter_groups(model, config), betas=config.betas),
@@ -133,7 +149,8 @@ class Trainer:
         """Train to the end; return the numbers of every update of this call.
 
         Raises:
-            TrainingError: a loss is no number; or the data ran out.
+            TrainingError: a loss or a gradient is no number.
+            DeviceMemoryError: a batch does not fit into the GPU's memory.
             KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was written before.
         """
         config, state = self.config, self.state
@@ -143,7 +160,7 @@ class Trainer:
         with deferred_interrupts() as interrupted:
             while state.step < self._steps:
                 history.append(self._update(batches))
-                self._tell({"step": state.step, "steps": self._steps, **history[-1]})
+                self.tell({"step": state.step, "steps": self._steps, **history[-1]})
                 last = state.step == self._steps
                 stop = any_says(interrupted()) and not last
                 if last or (not stop and state.step % config.validate_every == 0):
@@ -168,15 +185,26 @@ class Trainer:
             group["lr"] = rate * group["lr_scale"]
         numbers: dict[str, float] = {}
         for part in range(config.accumulate):
-            for name, value in self._backward(next(batches), part).items():
+            try:
+                losses = self._backward(next(batches), part)
+            except torch.OutOfMemoryError as error:
+                raise DeviceMemoryError(
+                    f"a batch of {config.batch_size} pairs does not fit into the GPU's memory: try a "
+                    "smaller train.batch_size, or train.gradient_checkpointing=true"
+                ) from error
+            for name, value in losses.items():
                 numbers[name] = numbers.get(name, 0.0) + value / config.accumulate
-        if not math.isfinite(numbers["loss"]):
-            raise TrainingError(
-                f"the loss of update {state.step + 1} is {numbers['loss']}: "
-                "a lower train.lr or train.precision=fp32 may help"
-            )
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
+        numbers["gradient_norm"] = float(norm)
+        for name in ("loss", "gradient_norm"):
+            # In fp16 gradients overflow now and then; the scaler then leaves the update out.
+            overflow = name == "gradient_norm" and state.scaler.is_enabled()
+            if not math.isfinite(numbers[name]) and not overflow:
+                raise TrainingError(
+                    f"the {name.replace('_', ' ')} of update {state.step + 1} is {numbers[name]}: "
+                    "a lower train.lr or train.precision=fp32 may help"
+                )
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
@@ -185,20 +213,19 @@ class Trainer:
         if state.average is not None:
             state.average.update_parameters(self.model)
         state.step += 1
+        pairs = config.batch_size * config.accumulate
         return numbers | {
             "temperature": float(self.model.temperature.detach()),
             "lr": rate,
-            "gradient_norm": float(norm),
-            "pairs_per_second": config.batch_size
-            * config.accumulate
-            / (time.perf_counter() - start),
+            "pairs_per_second": pairs / (time.perf_counter() - start),
         }
 
     def _backward(self, batch: Batch, part: int) -> dict[str, float]:
         """Add the gradients of one batch; return its losses, averaged over the processes."""
         config, model, step = self.config, self.model, self.state.step
-        if batch.skipped:
-            self._tell({"step": step, "skipped": batch.skipped})
+        skipped = gather_reasons(batch.skipped)
+        if skipped:
+            self.tell({"step": step + 1, "skipped": skipped})
         text = self._text_transform(batch.captions)
         if self.world.size > 1:  # negatives are gathered: captions must be equally long everywhere
             text = text.padded(self._text_transform.max_tokens)
@@ -211,7 +238,7 @@ class Trainer:
                 stack.enter_context(self._objectives.no_sync())  # type: ignore[operator]
             with autocast(model.device, self._precision):
                 losses = self._objectives(
-                    batch.images.to(model.device, non_blocking=True),
+                    batch.images.to(model.device),
                     text.to(model.device),
                     batch.group_ids.to(model.device),
                     hardness(step, config),
@@ -222,9 +249,8 @@ class Trainer:
             }  # fmt: skip
             losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
             self.state.scaler.scale(losses["loss"] / config.accumulate).backward()
-        return {
-            name: float(gather(loss.detach().float()[None]).mean()) for name, loss in losses.items()
-        }
+        values = gather(torch.stack([loss.detach().float() for loss in losses.values()])[None])
+        return dict(zip(losses, values.mean(dim=0).tolist(), strict=True))
 
     def _run_validation(self) -> None:
         """Validate in the first process, and keep the model if it is the best so far."""
@@ -233,7 +259,7 @@ class Trainer:
             model = state.averaged_model
             model.eval()
             numbers = self._validate(model)
-            self._tell({"step": state.step, "validation": numbers})
+            self.tell({"step": state.step, "validation": numbers})
             if self._folder is not None and numbers["mean_recall"] > state.best:
                 state.best = numbers["mean_recall"]
                 self._folder.save_best(model)
@@ -244,7 +270,8 @@ class Trainer:
             self._folder.save(self.state, keep=self.config.keep_checkpoints)
         any_says(False)  # the others wait here
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def tell(self, event: dict[str, Any]) -> None:
+        """Tell the observers something."""
         if self.world.is_first:
             for observer in self._observers:
                 observer(event)
@@ -258,7 +285,8 @@ def pick_precision(wanted: TrainPrecision, device: torch.device) -> Precision:
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        # Older GPUs emulate bf16: torch.cuda.is_bf16_supported says yes all the same.
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
 
 

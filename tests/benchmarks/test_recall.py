@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 from blip2_search.benchmarks import recall
 from blip2_search.retrieval.checkpoints import save_model
@@ -50,13 +49,6 @@ def test_equals_the_protocol_written_out(tiny_model, dataset, k):
         ir = np.mean([owner[t] in row[:at] for t, row in enumerate(images)])
         assert report["itc+itm"][f"tr@{at}"] == pytest.approx(100 * tr)
         assert report["itc+itm"][f"ir@{at}"] == pytest.approx(100 * ir)
-
-
-def test_mean_query_cosine():
-    same = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
-    apart = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    assert recall.mean_query_cosine(same) == pytest.approx(1)
-    assert recall.mean_query_cosine(apart) == pytest.approx(0)
 
 
 def test_the_command(tiny_model, photos, tmp_path, monkeypatch, capsys):

@@ -117,6 +117,26 @@ def test_a_run_is_interrupted_and_resumed(run, files):
     assert "0 updates after 400 before" in finished.stderr
 
 
+def test_captions_without_splits_are_divided(run, files, photos):
+    _, folder = files
+    lines = [f"{path.name},a {path.stem}" for path in sorted(photos.iterdir())]
+    (folder / "captions.csv").write_text("\n".join(["path,caption", *lines]) + "\n")
+    arguments = ["--data", folder / "captions.csv", "--images", photos, "--out", folder / "run"]
+    settings = ["train.train_encoder=true", "data.views=0", "data.workers=0"]
+    settings += ["data.validation_share=0.2", "train.calibration_images=4", "train.steps=2"]
+    changes = [word for setting in settings for word in ("--set", setting)]
+    done = run("train", recipe(folder, 10), *arguments, *changes)
+    assert "best mean recall in validation" in done.stderr
+    without = ["--set", "data.validation_share=0", "--out", folder / "other"]
+    done = run("train", recipe(folder, 10), *arguments, *changes, *without)
+    assert "nothing to validate with" in done.stderr
+    assert (folder / "other" / "best" / "config.json").exists()
+    empty = ["--set", 'data.splits=["training"]', "--out", folder / "third"]
+    failed = run("train", recipe(folder, 10), *arguments, *changes, *empty, code=1)
+    assert "no image in the split(s) training" in failed.stderr
+    assert not (folder / "third").exists()
+
+
 def test_wrong_input_is_one_sentence(run, files, monkeypatch):
     arguments, folder = files
     file = recipe(folder, 2)

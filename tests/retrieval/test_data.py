@@ -13,7 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from blip2_search.retrieval.augment import random_crop
-from blip2_search.retrieval.batches import CachedTokens, DrawnImages, Shards, epoch_rows
+from blip2_search.retrieval.batches import CachedTokens, DrawnImages, epoch_rows
 from blip2_search.retrieval.data import (
     CaptionedImage,
     read_captioned,
@@ -24,6 +24,7 @@ from blip2_search.retrieval.distributed import World
 from blip2_search.retrieval.errors import DatasetError, EmptySplitError
 from blip2_search.retrieval.feature_cache import encoder_tokens
 from blip2_search.retrieval.recipe import DataConfig
+from blip2_search.retrieval.shards import Shards
 from tiny import build_tiny_model
 
 ALONE = World()
@@ -101,6 +102,13 @@ def test_tables_that_cannot_be_read(tmp_path):
         read_captioned(file, tmp_path, ["train"])
     (tmp_path / "captions.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(DatasetError, match="cannot read"):
+        read_captioned(tmp_path / "captions.parquet", tmp_path, ["train"])
+    file.write_text("path,caption,split\n000123,7,\n")
+    (image,) = read_captioned(file, tmp_path, ["train"])
+    assert image.path == tmp_path / "000123"
+    assert image.captions == ("7",)
+    parquet.write_table(pa.table({"path": ["a"], "caption": [7]}), tmp_path / "captions.parquet")
+    with pytest.raises(DatasetError, match="7 in the column caption is no caption"):
         read_captioned(tmp_path / "captions.parquet", tmp_path, ["train"])
     with pytest.raises(DatasetError, match=r"captions come as \.json"):
         read_captioned(tmp_path / "captions.txt", tmp_path, ["train"])
@@ -275,9 +283,12 @@ def test_shards_stream_for_ever(images, tmp_path):
                 content = json.dumps({"caption": image.captions[0]}).encode()
                 samples.append((f"{i}.json", content))
         samples += [("bad.png", b"no image"), ("bad.txt", b"x"), ("bare.png", b"y")]
+        samples += [("odd.png", b"y"), ("odd.json", b'{"caption": null}')]
         shard(tmp_path / f"s-{number}.tar", samples)
+    whole = (tmp_path / "s-1.tar").read_bytes()
+    (tmp_path / "s-2.tar").write_bytes(whole[: len(whole) // 2])  # a download that broke off
     transform = build_tiny_model().image_transform
-    source = Shards([str(tmp_path / "s-{0..1}.tar")], transform, DataConfig(workers=0))
+    source = Shards([str(tmp_path / "s-{0..3}.tar")], transform, DataConfig(workers=0))
     assert source.images is None
     batches = list(itertools.islice(source.batches(4, 0, 0, ALONE), 30))
     assert all(batch.images.shape == (4, 3, 64, 64) for batch in batches)
@@ -286,6 +297,8 @@ def test_shards_stream_for_ever(images, tmp_path):
     reasons = [reason for batch in batches for reason in batch.skipped]
     assert any("bad: not an image" in reason for reason in reasons)
     assert any("bare: the sample has no .txt" in reason for reason in reasons)
+    assert any("None is no caption" in reason for reason in reasons)
+    assert any("s-3.tar" in reason for reason in reasons)  # which is not there
     # Another process draws other samples.
     other = next(source.batches(8, 0, 0, World(rank=1, size=2)))
     assert len(other.images) == 4

@@ -11,6 +11,10 @@ import pytest
 import torch
 
 from blip2_search.retrieval.distributed import World, gather, joined_world
+from blip2_search.retrieval.errors import RecipeError
+from blip2_search.retrieval.recipe import TrainConfig
+from blip2_search.retrieval.trainer import Trainer
+from tiny import build_tiny_model
 
 SCRIPT = """
 import json, sys
@@ -92,5 +96,5 @@ def test_one_process_needs_no_group(monkeypatch):
 def test_a_batch_is_divided_evenly():
     world = World(rank=1, size=2)
     assert world.own(8) == slice(4, 8)
-    with pytest.raises(ValueError, match="7 cannot be divided evenly among 2"):
-        world.own(7)
+    with pytest.raises(RecipeError, match=r"train\.batch_size=7 cannot be divided evenly among 2"):
+        Trainer(build_tiny_model(), None, TrainConfig(steps=1, batch_size=7), world=world)

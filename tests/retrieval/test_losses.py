@@ -73,8 +73,7 @@ def test_hard_negatives_follow_the_softmax_and_spare_the_group():
     assert share == pytest.approx(math.e / (1 + math.e), abs=0.04)
     uniform = torch.stack([sample_hard_negatives(square, columns, 0.0) for _ in range(2000)])
     assert (uniform[:, 0] == 1).float().mean().item() == pytest.approx(0.5, abs=0.04)
-    with pytest.raises(ValueError, match="no negatives"):
-        sample_hard_negatives(torch.zeros(3, 3), groups[:3])
+    assert sample_hard_negatives(torch.zeros(3, 3), groups[:3]).tolist() == [-1, -1, -1]
 
 
 def tiny_batch(model):
@@ -92,6 +91,18 @@ def test_itm_scores_positives_first_and_reaches_the_prior(tiny_model):
     assert 0.5 < loss.item() < 0.9
     few = itm_loss(tiny_model, tokens, text, itc, torch.arange(4), anchors=2)
     assert few.item() != loss.item()
+
+
+def test_itm_leaves_out_what_has_no_negative(tiny_model):
+    tokens, text = tiny_batch(tiny_model)
+    itc = ITC(torch.tensor(0.0), torch.randn(4, 4), torch.randn(4, 4))
+    alone = itm_loss(tiny_model, tokens, text, itc, torch.zeros(4, dtype=torch.int64))
+    assert alone.item() == 0
+    alone.backward()  # zero, but connected: DDP waits for every gradient
+    one = ITC(torch.tensor(0.0), torch.zeros(1, 1), torch.zeros(1, 1))
+    single = text.select(torch.tensor([0]))
+    assert itm_loss(tiny_model, tokens[:1], single, one, torch.zeros(1).long()).item() == 0
+    tiny_model.zero_grad()
 
 
 def test_hard_negatives_are_drawn_alike_from_generators_in_one_state():

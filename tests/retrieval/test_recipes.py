@@ -96,7 +96,7 @@ def test_every_recipe_is_read_and_the_published_ones_say_what_was_published():
         assert not read_recipe(f"pretrain-{size}").train.train_encoder
 
 
-def step(recipe, model, side, classes=3):
+def step(recipe, model, side):
     """Do one update on noise."""
 
     class Noise:
@@ -123,8 +123,7 @@ def test_a_new_model_of_every_recipe_at_tiny_size(name, bert_folder, tiny_clip):
     changes += [f"model.qformer.{key}={value}" for key, value in TINY_QFORMER.items()]
     if tower is not None:
         changes += [f"model.encoder.name={tower}", "model.encoder.pretrained=none"]
-        size, side = (16, 224) if tower == "tiny-eva" else (64, 28)
-        changes += [f"model.qformer.image_token_size={size}"]
+        side = 224 if tower == "tiny-eva" else 28
     else:
         changes += ["model.encoder.name=test_efficientnet", "model.encoder.pool=2"]
         changes += ["model.qformer.image_token_size=256", "model.image_positions=4"]
@@ -176,6 +175,25 @@ def test_text_features_start_as_those_of_the_bert(bert, bert_folder):
     torch.testing.assert_close(ours[text.mask], theirs[text.mask], atol=1e-5, rtol=1e-4)
     query, text_ffn = (getattr(model.qformer.layers[0], name) for name in ("query_ffn", "text_ffn"))
     assert torch.equal(query.up.weight, text_ffn.up.weight)
+
+
+def test_the_prediction_head_of_a_bert_is_taken_over(bert_folder):
+    file = bert_folder / "model.safetensors"
+    head = {
+        "cls.predictions.transform.dense.weight": torch.randn(32, 32),
+        "cls.predictions.transform.dense.bias": torch.randn(32),
+        "cls.predictions.transform.LayerNorm.gamma": torch.randn(32),
+        "cls.predictions.transform.LayerNorm.beta": torch.randn(32),
+        "cls.predictions.bias": torch.randn(len(VOCABULARY) - 1),
+    }
+    save_file({**load_file(file), **head}, file)
+    model = new_model(tiny_config(), str(bert_folder))
+    assert torch.equal(
+        model.lm_head.transform.weight, head["cls.predictions.transform.dense.weight"]
+    )
+    assert torch.equal(model.lm_head.norm.bias, head["cls.predictions.transform.LayerNorm.beta"])
+    assert torch.equal(model.lm_head.bias[:-1], head["cls.predictions.bias"])
+    assert model.lm_head.bias[-1] == 0
 
 
 def test_the_names_of_old_berts_are_understood(bert_folder):
@@ -255,7 +273,13 @@ def test_changes_are_read_as_toml():
         (["train.speed=1"], "unknown field.*speed"),
         (["speed.train=1"], "unknown table.*speed"),
         (["train.epochs=1"], "steps or epochs, and not both"),
-        (["train.precision=int8"], "unknown precision 'int8'"),
+        (["train.precision=int8"], "train.precision cannot be 'int8'"),
+        (["data.flip=False"], "data.flip cannot be 'False': it is bool"),
+        (["train.lr=fast"], "train.lr cannot be 'fast': it is float"),
+        (["train.batch_size=64.0"], "train.batch_size cannot be 64.0: it is int"),
+        (["train.betas=[0.9]"], "train.betas cannot be"),
+        (["train.itm_anchors=0"], "itm_anchors must be at least 1"),
+        (["train.steps=true"], "train.steps cannot be True"),
         (["train.train_encoder=true"], "data.views caches a frozen encoder"),
         (["start.checkpoint=mini"], "either a checkpoint or a bert"),
         (["data.crop_scale=[0.9, 0.5]"], "crop_scale"),

@@ -11,7 +11,7 @@ import torch
 
 from blip2_search.retrieval.batches import CachedTokens, DrawnImages
 from blip2_search.retrieval.data import CaptionedImage
-from blip2_search.retrieval.errors import TrainingError
+from blip2_search.retrieval.errors import RecipeError, TrainingError
 from blip2_search.retrieval.feature_cache import encoder_tokens
 from blip2_search.retrieval.loading import load_model
 from blip2_search.retrieval.optimizer import (
@@ -235,8 +235,37 @@ def test_the_average_of_the_weights_is_what_remains(shapes, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(shapes, tmp_path):
     run = trainer(shapes, tmp_path, TrainConfig(steps=3, **QUICK))
     torch.nn.init.constant_(run.model.vision_proj.weight, float("nan"))
-    with pytest.raises(TrainingError, match=r"update 1 is nan.*lower train\.lr"):
+    with pytest.raises(TrainingError, match=r"loss of update 1 is nan.*lower train\.lr"):
         run.run()
+
+
+def test_gradients_that_are_no_numbers_are_not_applied(shapes, tmp_path):
+    run = trainer(shapes, tmp_path, TrainConfig(steps=3, **QUICK))
+    weight = run.model.vision_proj.weight
+    before = weight.detach().clone()
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="gradient norm of update 1 is"):
+        run.run()
+    assert torch.equal(weight.detach(), before)
+
+
+def test_a_batch_of_one(shapes, tmp_path):
+    run = trainer(shapes, tmp_path, TrainConfig(steps=2, **{**QUICK, "batch_size": 1}))
+    assert all(entry["itm"] == 0 for entry in run.run())
+
+
+def test_half_precision_scales_its_losses(shapes, tmp_path):
+    run = trainer(shapes, tmp_path, TrainConfig(steps=60, **{**QUICK, "precision": "fp16"}))
+    assert run.state.scaler.is_enabled()
+    losses = [entry["loss"] for entry in run.run()]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_a_model_without_a_language_model_head(shapes, tmp_path):
+    model = build_tiny_model()
+    model.lm_head = None
+    with pytest.raises(RecipeError, match=r"--set train\.itg_weight=0"):
+        Trainer(model, None, TrainConfig(steps=1))
 
 
 def test_training_is_deterministic(shapes, tmp_path):
@@ -252,14 +281,16 @@ def test_a_run_is_not_overwritten_and_keeps_its_recipe(tmp_path):
         return Recipe(name="x", start=StartConfig(checkpoint="mini"), train=train)
 
     folder = RunFolder(tmp_path / "run")
-    folder.check(recipe(5), resume=True)
-    folder.check(recipe(5), resume=False)
-    folder.begin(recipe(5))
-    folder.check(recipe(5), resume=True)
+    folder.check(recipe(5), ["a.json"], resume=True)
+    folder.check(recipe(5), ["a.json"], resume=False)
+    folder.begin(recipe(5), ["a.json"])
+    folder.check(recipe(5), ["a.json"], resume=True)
     with pytest.raises(TrainingError, match="holds a run already: --resume"):
-        folder.check(recipe(5), resume=False)
+        folder.check(recipe(5), ["a.json"], resume=False)
     with pytest.raises(TrainingError, match=r"another recipe: train\.steps was 5, not 6"):
-        folder.check(recipe(6), resume=True)
+        folder.check(recipe(6), ["a.json"], resume=True)
+    with pytest.raises(TrainingError, match="another recipe: files was"):
+        folder.check(recipe(5), ["b.json"], resume=True)
 
 
 def test_precision_is_what_the_processor_computes_in(monkeypatch):
