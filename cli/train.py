@@ -83,7 +83,7 @@ def train(
     Examples:
       blip2-search train mini --data flickr8k/dataset_flickr8k.json --images flickr8k/images
       blip2-search train mini-finetune --data my.csv --images ~/Pictures --out runs/mine
-      blip2-search train mini --data my.csv --set train.steps=200 --set train.batch_size=64
+      blip2-search train mini --data my.csv --set train.batch_size=64 --set data.views=2
       torchrun --nproc-per-node 8 --no-python blip2-search train pretrain-vit-g --data 'cc3m-{000..331}.tar'
       blip2-search index ~/Pictures --model runs/mine/best
     """
