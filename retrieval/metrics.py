@@ -1,7 +1,7 @@
-"""Recall of image-text retrieval, as BLIP-2 counts it.
+"""Recall of image-text retrieval, as BLIP-2 counts it, and what else ranks tell.
 
 TR (image -> text) is right when any of the image's captions is within the top k; IR (text -> image)
-when the caption's image is. Percent.
+when the caption's image is. Percent. Ranks are 0-based.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 Scores = npt.NDArray[np.floating]
+Ranks = npt.NDArray[np.int64]
+Interval = tuple[float, float]
+
+KS = (1, 5, 10)
+RESAMPLES = 1000
 
 
-def text_ranks(scores: Scores, text_to_image: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def text_ranks(scores: Scores, text_to_image: Ranks) -> Ranks:
     """Return, for each image, the 0-based rank of its best caption.
 
     Args:
@@ -24,25 +29,78 @@ def text_ranks(scores: Scores, text_to_image: npt.NDArray[np.int64]) -> npt.NDAr
     best = np.full(len(scores), -np.inf)
     np.maximum.at(best, text_to_image, scores[text_to_image, np.arange(scores.shape[1])])
     own = text_to_image[None, :] == np.arange(len(scores))[:, None]
-    ranks: npt.NDArray[np.int64] = ((scores >= best[:, None]) & ~own).sum(axis=1)
+    ranks: Ranks = ((scores >= best[:, None]) & ~own).sum(axis=1)
     return ranks
 
 
-def image_ranks(scores: Scores, text_to_image: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def image_ranks(scores: Scores, text_to_image: Ranks) -> Ranks:
     """Return, for each text, the 0-based rank of its image; arguments as in `text_ranks`."""
     own = scores[text_to_image, np.arange(scores.shape[1])]
-    ranks: npt.NDArray[np.int64] = (scores >= own[None, :]).sum(axis=0) - 1
+    ranks: Ranks = (scores >= own[None, :]).sum(axis=0) - 1
     return ranks
 
 
-def recall(ranks: npt.NDArray[np.int64], k: int) -> float:
+def recall(ranks: Ranks, k: int) -> float:
     """Return the percentage of ranks within the top k."""
     return float(100 * np.mean(ranks < k))
 
 
-def recall_table(
-    scores: Scores, text_to_image: npt.NDArray[np.int64], ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, float]:
+def recall_table(scores: Scores, text_to_image: Ranks, ks: Sequence[int] = KS) -> dict[str, float]:
     """Return {"tr@1": ..., "ir@10": ...}, percent; arguments as in `text_ranks`."""
     tr, ir = text_ranks(scores, text_to_image), image_ranks(scores, text_to_image)
     return {f"tr@{k}": recall(tr, k) for k in ks} | {f"ir@{k}": recall(ir, k) for k in ks}
+
+
+def rank_statistics(tr: Ranks, ir: Ranks) -> dict[str, float]:
+    """Return everything that a table of results shows.
+
+    Args:
+        tr: (N,), of `text_ranks`.
+        ir: (B,), of `image_ranks`.
+
+    Returns:
+        recall "tr@1" ... "ir@10" and their means "tr_mean", "ir_mean", "mean", percent; the median
+        rank "tr_median_rank", "ir_median_rank", counted from 1; and the mean reciprocal rank
+        "tr_mrr", "ir_mrr", in [0, 1].
+    """
+    table = {
+        f"{name}@{k}": recall(ranks, k) for name, ranks in (("tr", tr), ("ir", ir)) for k in KS
+    }
+    for name, ranks in (("tr", tr), ("ir", ir)):
+        table[f"{name}_mean"] = float(np.mean([table[f"{name}@{k}"] for k in KS]))
+        table[f"{name}_median_rank"] = float(np.median(ranks)) + 1
+        table[f"{name}_mrr"] = float(np.mean(1 / (ranks + 1)))
+    table["mean"] = (table["tr_mean"] + table["ir_mean"]) / 2
+    return table
+
+
+def bootstrap_intervals(
+    tr: Ranks, ir: Ranks, text_to_image: Ranks, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Interval]:
+    """Return the 95 % interval of every recall, by the percentile bootstrap.
+
+    Images are drawn with replacement, each with all its captions: captions of one image are not
+    independent, and drawing them singly would make the interval of IR too narrow. The gallery stays.
+
+    Args:
+        tr: (N,), of `text_ranks`.
+        ir: (B,), of `image_ranks`.
+        text_to_image: (B,), the image of each text.
+        resamples: how often to draw.
+        seed: of the draws.
+    """
+    images = len(tr)
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(images, np.full(images, 1 / images), size=resamples)
+    captions = np.bincount(text_to_image, minlength=images)
+    intervals = {}
+    for k in KS:
+        text_hits = np.bincount(text_to_image, weights=ir < k, minlength=images)
+        shares = {
+            "tr": weights @ (tr < k) / images,
+            "ir": weights @ text_hits / (weights @ captions),
+        }
+        for name, share in shares.items():
+            low, high = np.percentile(100 * share, [2.5, 97.5])
+            intervals[f"{name}@{k}"] = (float(low), float(high))
+    return intervals
