@@ -168,12 +168,12 @@ def _validator(data: TrainingData, config: TrainConfig, model: RetrievalModel) -
 def _calibrate(
     folder: RunFolder, images: Sequence[CaptionedImage], device: str
 ) -> dict[str, float | dict[str, float]]:
-    """Scale the ITM head of the best model; return the scale, and R@1 of all that were tried."""
+    """Scale the ITM head of the best model; return the scale, and the gains of all that were tried."""
     model = load_model(folder.best, device, "float32")
     precision = pick_precision("auto", model.device)
-    scale, recall = calibrate_itm(model, images, precision=precision)
+    scale, gains = calibrate_itm(model, images, precision=precision)
     folder.save_best(model)
-    return {"itm_scale": scale, "recall": {str(tried): value for tried, value in recall.items()}}
+    return {"itm_scale": scale, "gains": {str(tried): gain for tried, gain in gains.items()}}
 
 
 def _training_text(model: RetrievalModel, tokens: int) -> TextTransform:

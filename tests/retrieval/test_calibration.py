@@ -17,9 +17,9 @@ def test_calibration_scales_the_itm_head_and_nothing_else(photos):
     tokens = model.image_tokens([images[0].path])
     itm, features = model.match(tokens, ["a bar"]), model.encode_images([images[0].path])
     fingerprint = model.fingerprint
-    scale, recall = calibrate_itm(model, images)
-    assert set(recall) == set(SCALES)
-    assert recall[scale] == max(recall.values())
+    scale, gains = calibrate_itm(model, images)
+    assert set(gains) == set(SCALES)
+    assert gains[scale] == max(gains.values())
     assert model.match(tokens, ["a bar"]) == pytest.approx(scale * itm, abs=1e-5)
     assert (model.encode_images([images[0].path]) == features).all()
     assert scale == 1 or model.fingerprint != fingerprint
