@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,11 @@ def joined_world(use_gpu: bool) -> Iterator[World]:
     dist.init_process_group("nccl" if use_gpu else "gloo", timeout=TIMEOUT)
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank)
+        dist.barrier()  # nobody leaves while another still talks to it
     finally:
+        # A DDP module that is still there would keep the group's threads until the interpreter ends,
+        # which now and then ends in an abort.
+        gc.collect()
         dist.destroy_process_group()
 
 

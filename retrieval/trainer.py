@@ -169,6 +169,7 @@ class Trainer:
                     self._save()
                 if stop:
                     raise KeyboardInterrupt
+        self._objectives = nn.Module()  # lets go of DDP, see `joined_world`
         if state.average is not None:
             self.model.load_state_dict(state.averaged_model.state_dict())
         self.model.eval()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def run(script, folder, name, processes):
+def run(script, folder, name, processes, attempts=2):
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for rank in range(processes):
@@ -63,9 +64,13 @@ def run(script, folder, name, processes):
             env = dict(os.environ)
         command = [sys.executable, "-W", "ignore", str(script), str(folder), name]
         started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    for process in started:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    if attempts > 1 and any(process.returncode == -signal.SIGABRT for process in started):
+        # gloo's threads may abort a process at its very end; once is chance, twice is a fault.
+        run(script, folder, name, processes, attempts - 1)
+        return
+    for process, text in zip(started, errors, strict=True):
+        assert process.returncode == 0, text
 
 
 def test_two_processes_equal_one(photos, tmp_path):
