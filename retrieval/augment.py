@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
+
+from .preprocess import ImageTransform
+from .recipe import DataConfig
 
 ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
 TRIES = 10
@@ -47,3 +51,16 @@ def random_crop(
     crop = image.resize(size, Image.Resampling.BICUBIC, box=box)
     mirrored = generator.random() < 0.5
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and mirrored else crop
+
+
+def crop_to_pixels(
+    image: Image.Image,
+    transform: ImageTransform,
+    config: DataConfig,
+    generator: np.random.Generator,
+) -> Tensor:
+    """Augment an image, if wanted, and return its pixels (3, S, S)."""
+    if not config.augment:
+        return transform.squash(image)
+    crop = random_crop(image, transform.size, generator, scale=config.crop_scale, flip=config.flip)
+    return transform.normalise(crop)

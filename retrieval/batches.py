@@ -16,11 +16,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .augment import random_crop
+from .augment import crop_to_pixels
 from .data import CaptionedImage
 from .distributed import World
 from .errors import DatasetError, ImageReadError
@@ -198,19 +197,6 @@ class _Drawings(Dataset["Drawn | DatasetError"]):
             pixels = crop_to_pixels(loaded, self._transform, self._config, generator)
             return Drawn(pixels, caption, int(self._groups[candidate]), skipped)
         return DatasetError(f"none of the {len(self._data)} images can be read: {skipped[0]}")
-
-
-def crop_to_pixels(
-    image: Image.Image,
-    transform: ImageTransform,
-    config: DataConfig,
-    generator: np.random.Generator,
-) -> Tensor:
-    """Augment an image, if wanted, and return its pixels (3, S, S)."""
-    if not config.augment:
-        return transform.squash(image)
-    crop = random_crop(image, transform.size, generator, scale=config.crop_scale, flip=config.flip)
-    return transform.normalise(crop)
 
 
 def _collate(items: Sequence[Drawn | DatasetError]) -> Batch | DatasetError:

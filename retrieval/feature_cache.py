@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .augment import random_crop
+from .augment import crop_to_pixels
 from .errors import ImageReadError, TrainingError
 from .model import Precision, RetrievalModel, autocast
 from .preprocess import load_image
@@ -70,7 +70,7 @@ def encoder_tokens(
     """
     settings = f"{views} {precision}"
     if views > 1:
-        settings += f" {seed} {data.crop_scale} {data.flip}"
+        settings += f" {seed} {data.augment} {data.crop_scale} {data.flip}"
     folder = directory / _cache_key(model, paths, settings)
     folder.mkdir(parents=True, exist_ok=True)
     draw = _Views(model, data, views, seed)
@@ -119,13 +119,9 @@ class _Views:
         transform = self.model.image_transform
         generator = np.random.default_rng((self.seed, row))
         crops = [
-            random_crop(
-                image, transform.size, generator,
-                scale=self.data.crop_scale, flip=self.data.flip,
-            )
-            for _ in range(self.views - 1)
-        ]  # fmt: skip
-        return torch.stack([transform.squash(image), *map(transform.normalise, crops)])
+            crop_to_pixels(image, transform, self.data, generator) for _ in range(self.views - 1)
+        ]
+        return torch.stack([transform.squash(image), *crops])
 
 
 def _fill(

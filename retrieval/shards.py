@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .batches import Batch, Drawn, crop_to_pixels, load_batches
+from .augment import crop_to_pixels
+from .batches import Batch, Drawn, load_batches
 from .data import CAPTION_COLUMNS
 from .distributed import World
 from .errors import DatasetError, ImageReadError

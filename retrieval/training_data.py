@@ -93,11 +93,11 @@ def training_data(
     if shards:
         source: BatchSource = Shards(shards, model.image_transform, config)
     elif views:
-        if world.is_first:
-            source = CachedTokens(train, tokens(train, views, "training"))
-        any_says(False)  # the others find the cache filled
         if not world.is_first:
-            source = CachedTokens(train, tokens(train, views, "training"))
+            any_says(False)  # until the first has filled the cache
+        source = CachedTokens(train, tokens(train, views, "training"))
+        if world.is_first:
+            any_says(False)
     else:
         source = DrawnImages(train, model.image_transform, config)
     if not world.is_first:

@@ -21,11 +21,11 @@ from .errors import TrainingError
 from .loading import load_model, pick_device
 from .model import RetrievalModel
 from .preprocess import TextTransform
-from .recipe import Recipe, TrainConfig, with_total_steps
+from .recipe import Recipe, with_total_steps
 from .run_folder import RunFolder
 from .start import starting_model
 from .trainer import Observer, Trainer, pick_precision
-from .training_data import CaptionFile, Prepare, TrainingData, training_data
+from .training_data import CaptionFile, Prepare, training_data
 from .validation import Validator
 
 
@@ -90,12 +90,16 @@ def run_recipe(
         model = starting_model(recipe)
         model.to(pick_device(f"cuda:{world.local_rank}" if own_gpu else device))
         config = recipe.train
+        precision = pick_precision(config.precision, model.device)
         prepared = training_data(
             recipe, model, data, cache,
-            precision=pick_precision(config.precision, model.device),
+            precision=precision,
             world=world,
             prepare=prepare if world.is_first else None,
         )  # fmt: skip
+        validate = None
+        if prepared.held_out:
+            validate = Validator(prepared.held_out, prepared.held_out_tokens, precision)
         observers = [folder.log, *observers]
         if tensorboard and world.is_first:
             observers.append(stack.enter_context(_tensorboard(out / "tensorboard")))
@@ -106,7 +110,7 @@ def run_recipe(
             text_transform=_training_text(model, recipe.data.text_tokens),
             folder=folder,
             world=world,
-            validate=_validator(prepared, config, model) if prepared.held_out else None,
+            validate=validate,
             observers=observers,
         )
         if resume:
@@ -158,11 +162,6 @@ def _tensorboard(folder: Path) -> Iterator[Observer]:
 
     with SummaryWriter(folder) as writer:
         yield observe
-
-
-def _validator(data: TrainingData, config: TrainConfig, model: RetrievalModel) -> Validator:
-    precision = pick_precision(config.precision, model.device)
-    return Validator(data.held_out, data.held_out_tokens, precision)
 
 
 def _calibrate(

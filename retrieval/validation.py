@@ -13,7 +13,6 @@ from .data import CaptionedImage, captions_and_owners
 from .feature_cache import TokenCache
 from .metrics import recall_table
 from .model import Precision, RetrievalModel, autocast, itc_similarities
-from .preprocess import load_image
 
 IMAGES_A_BATCH = 64
 
@@ -27,8 +26,8 @@ class Validator:
         cache: TokenCache | None = None,
         precision: Precision = "fp32",
     ) -> None:
-        """Take the images, and the tokens of their one view where the encoder is frozen."""
-        self._data = list(data) if cache is None else [data[row] for row in cache.rows]
+        """Take the images, and where the encoder is frozen the tokens of their one view, row by row."""
+        self._data = data
         self._captions, self._owner = captions_and_owners(self._data)
         self._cache = cache
         self._precision = precision
@@ -60,8 +59,9 @@ class Validator:
         if self._cache is not None:
             views = np.stack([tokens[0] for tokens in self._cache.tokens[start:stop]])
             return torch.from_numpy(views).to(model.device, model.dtype)
-        images = [load_image(image.path) for image in self._data[start:stop]]
-        pixels = torch.stack([model.image_transform.squash(image) for image in images])
+        pixels = torch.stack(
+            [model.image_transform(image.path) for image in self._data[start:stop]]
+        )
         tokens: Tensor = model.image_encoder(pixels.to(model.device, model.dtype))
         return tokens
 

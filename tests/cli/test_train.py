@@ -58,7 +58,9 @@ def test_a_run_leaves_a_model_that_indexes_photographs(run, files, photos):
     arguments, folder = files
     (photos / "broken.png").write_bytes(b"no image")
     data = json.loads((folder / "data.json").read_text())
-    data["images"].append({**data["images"][0], "filename": "broken.png"})
+    for split in ("train", "val"):
+        broken = {**data["images"][0], "filename": "broken.png", "split": split}
+        data["images"].insert(0, broken)
     (folder / "data.json").write_text(json.dumps(data))
     changes = ["--set", "train.calibration_images=9", "--tensorboard"]
     done = run("train", recipe(folder, 10), *arguments, *changes)
