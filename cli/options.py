@@ -66,7 +66,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="NAME",
-        help="A name of `blip2-search models`, a folder, or a LAVIS .pth file.  "
+        help="A name of `blip2-search models`, a folder, a LAVIS .pth file, or open_clip:NAME/WEIGHTS.  "
         "[default: the index's own; mini for a new one]",
     ),
 ]

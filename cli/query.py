@@ -37,14 +37,15 @@ def query(
     index: options.IndexOption,
     k: Annotated[int, typer.Option("-k", min=1, metavar="N", help="How many hits.")] = 10,
     rerank: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--rerank",
             min=0,
             metavar="N",
-            help="How many of the best are looked at a second time; 0 is faster and less exact.",
+            help="How many of the best are looked at a second time; 0 is faster and less exact.  "
+            "[default: 32; 0 for a dual encoder]",
         ),
-    ] = 32,
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
     as_paths: Annotated[bool, typer.Option("--paths", help="Print one path a line.")] = False,
     null: Annotated[
@@ -94,7 +95,7 @@ def _question(text: str | None, image: Path | None) -> str | Path:
     return text.strip()
 
 
-def _search(engine: SearchEngine, question: str | Path, k: int, rerank: int) -> list[Hit]:
+def _search(engine: SearchEngine, question: str | Path, k: int, rerank: int | None) -> list[Hit]:
     hits = engine.search(question, k=k, rerank=rerank)
     if not hits:
         raise Blip2SearchError(

@@ -61,6 +61,6 @@ def crop_to_pixels(
 ) -> Tensor:
     """Augment an image, if wanted, and return its pixels (3, S, S)."""
     if not config.augment:
-        return transform.squash(image)
+        return transform.to_pixels(image)
     crop = random_crop(image, transform.size, generator, scale=config.crop_scale, flip=config.flip)
     return transform.normalise(crop)

@@ -23,14 +23,18 @@ from ..indexes.base import search_any
 from ..indexes.errors import ModelMismatchError, StoreMissingError, VectorIndexError
 from ..indexes.flat import FaissIndex, faiss_build
 from ..indexes.store import SCHEMA_VERSION, ImageRecord, Manifest, Store
+from .dual_encoder import PREFIX
+from .embedder import Embedder
 from .errors import CheckpointError, ImageReadError
 from .indexer import Indexer, IndexReport, OnProgress, SkippedFile, check_roots, make_plan
-from .loading import DEFAULT_MODEL, NAMES, load_model
-from .model import RetrievalModel
+from .loading import DEFAULT_MODEL, NAMES, load_embedder
+from .model import RetrievalModel, with_itm_head
 
 __all__ = ["Hit", "IndexInfo", "IndexReport", "SearchEngine", "SkippedFile"]
 
 log = logging.getLogger(__name__)
+
+DEFAULT_RERANK = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ class SearchEngine:
     def __init__(
         self,
         index_path: str | os.PathLike[str],
-        model: str | RetrievalModel | None = None,
+        model: str | Embedder | None = None,
         *,
         device: str = "auto",
     ) -> None:
@@ -81,15 +85,15 @@ class SearchEngine:
 
         Args:
             index_path: the folder of the index; `add` makes it.
-            model: a model or what `load_model` takes. None is the model that made the index, and
+            model: a model or what `load_embedder` takes. None is the model that made the index, and
                 `mini` for a new one.
             device: where to load the model.
         """
         self.path = Path(index_path)
         self.device = device
         self._given = model is not None
-        self._asked = None if isinstance(model, RetrievalModel) else model
-        self._model = model if isinstance(model, RetrievalModel) else None
+        self._asked = model if isinstance(model, str) else None
+        self._model = None if isinstance(model, str) else model
         self._rows: list[ImageRecord] = []
         self._index: FaissIndex | None = None
 
@@ -157,38 +161,37 @@ class SearchEngine:
             except StoreMissingError:
                 pass
         model = self._loaded(DEFAULT_MODEL)
-        config = model.config
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             model_name=self._name_to_keep(model),
             model_fingerprint=model.fingerprint,
-            preprocessing={
-                "image_size": config.preprocess.image_size,
-                "mean": list(config.preprocess.mean),
-                "std": list(config.preprocess.std),
-                "resize": "squash, bicubic",
-            },
-            num_vectors=config.qformer.num_queries,
-            dim=config.embedding_size,
+            preprocessing=model.preprocessing,
+            num_vectors=model.num_vectors,
+            dim=model.embedding_size,
         )
         return Store.create(self.path, manifest, replace=rebuild)
 
-    def _name_to_keep(self, model: RetrievalModel) -> str:
+    def _name_to_keep(self, model: Embedder) -> str:
         """Return a name that loads this model again from any working directory."""
         if self._asked is None or self._asked in NAMES:
-            return self._asked or model.config.name
+            return self._asked or model.name
+        if self._asked.startswith(PREFIX):
+            return model.name
         return os.path.abspath(self._asked) if os.path.exists(self._asked) else self._asked
 
     # ---- searching -----------------------------------------------------------------------------
 
-    def search(self, query: str | Path | Image.Image, k: int = 10, rerank: int = 32) -> list[Hit]:
+    def search(
+        self, query: str | Path | Image.Image, k: int = 10, rerank: int | None = None
+    ) -> list[Hit]:
         """Find the images that fit a text, or that look like an image.
 
         Args:
             query: a text (str), an image file (Path) or a PIL image.
             k: how many hits.
             rerank: how many of the best by ITC are scored by the ITM head, at least k; 0 is ITC
-                alone. An image query is ITC alone always: ITM compares an image with a text.
+                alone. None is `DEFAULT_RERANK`, and 0 for a dual encoder, which has no ITM head.
+                An image query is ITC alone always: ITM compares an image with a text.
 
         Returns:
             at most k hits, best first. A reranked candidate whose file can no longer be read is
@@ -198,19 +201,22 @@ class SearchEngine:
             StoreMissingError: there is no index, or it is empty.
             ModelMismatchError: the index was made by another model.
             ImageReadError: the image query cannot be read.
+            CheckpointError: a rerank was asked of a dual encoder.
         """
-        if k < 1 or rerank < 0:
+        if k < 1 or (rerank or 0) < 0:
             raise VectorIndexError("k must be at least 1 and rerank at least 0")
         index, model = self._ready()
         if not isinstance(query, str):
             features = model.encode_images([query])[0]
             scores, images = search_any(index, features, k)
             return self._hits(images, scores, None, k)
+        if rerank is None:
+            rerank = DEFAULT_RERANK if isinstance(model, RetrievalModel) else 0
         found = index.search(model.encode_texts([query]), max(k, rerank) if rerank else k)
         scores, images = found.scores[0], found.images[0]
         if not rerank:
             return self._hits(images, scores, None, k)
-        return self._rerank(model, query, images, scores, k)
+        return self._rerank(with_itm_head(model), query, images, scores, k)
 
     @torch.inference_mode()
     def _rerank(
@@ -278,7 +284,7 @@ class SearchEngine:
             preprocessing=manifest.preprocessing,
         )
 
-    def _ready(self) -> tuple[FaissIndex, RetrievalModel]:
+    def _ready(self) -> tuple[FaissIndex, Embedder]:
         store = Store.open(self.path)
         if len(store) == 0:
             raise StoreMissingError(
@@ -289,7 +295,7 @@ class SearchEngine:
             self._index, self._rows = FaissIndex(store.features()), store.records
         return self._index, model
 
-    def _model_of(self, store: Store) -> RetrievalModel:
+    def _model_of(self, store: Store) -> Embedder:
         """Load the model that made the index, and make sure that it is still the same."""
         manifest = store.manifest
         again = "encode again with `blip2-search index --rebuild FOLDER`"
@@ -310,14 +316,14 @@ class SearchEngine:
             )
             raise ModelMismatchError(
                 f"The index in {self.path} was made by {manifest.model_name!r} "
-                f"({manifest.model_fingerprint}), not by this {model.config.name!r} "
+                f"({manifest.model_fingerprint}), not by this {model.name!r} "
                 f"({model.fingerprint}): {own}, or {again}."
             )
         return model
 
-    def _loaded(self, default: str) -> RetrievalModel:
+    def _loaded(self, default: str) -> Embedder:
         if self._model is None:
-            self._model = load_model(self._asked or default, device=self.device)
+            self._model = load_embedder(self._asked or default, device=self.device)
         return self._model
 
 

@@ -121,7 +121,7 @@ class _Views:
         crops = [
             crop_to_pixels(image, transform, self.data, generator) for _ in range(self.views - 1)
         ]
-        return torch.stack([transform.squash(image), *crops])
+        return torch.stack([transform.to_pixels(image), *crops])
 
 
 def _fill(

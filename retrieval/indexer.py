@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ..indexes.files import HASH_BYTES
 from ..indexes.store import ImageRecord, Store
+from .embedder import Embedder, PixelTransform
 from .errors import DeviceMemoryError, ImageReadError
-from .model import RetrievalModel
-from .preprocess import ImageTransform, load_image
+from .preprocess import load_image
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -157,7 +157,7 @@ class _Decoded(NamedTuple):
     pixels: Tensor  # (3, S, S)
 
 
-def _decode(path: str, transform: ImageTransform) -> _Decoded | SkippedFile:
+def _decode(path: str, transform: PixelTransform) -> _Decoded | SkippedFile:
     try:
         stat = os.stat(path)
         if not S_ISREG(stat.st_mode):  # a pipe would be waited for, for ever
@@ -176,11 +176,11 @@ def _decode(path: str, transform: ImageTransform) -> _Decoded | SkippedFile:
         width=image.width,
         height=image.height,
     )
-    return _Decoded(record, transform.squash(image))
+    return _Decoded(record, transform.to_pixels(image))
 
 
 def _decode_ahead(
-    paths: Sequence[str], transform: ImageTransform, workers: int, ahead: int
+    paths: Sequence[str], transform: PixelTransform, workers: int, ahead: int
 ) -> Generator[_Decoded | SkippedFile, None, None]:
     """Decode in threads (Pillow releases the interpreter lock), `ahead` files at most in memory."""
     with ThreadPoolExecutor(workers) as pool:
@@ -212,7 +212,7 @@ class Indexer:
         self._stale: list[str] = []
         self._last_commit = time.monotonic()
 
-    def run(self, model: RetrievalModel | None, batch_size: int, workers: int) -> bool:
+    def run(self, model: Embedder | None, batch_size: int, workers: int) -> bool:
         """Do everything; return False if Ctrl-C stopped it. What was encoded is kept either way.
 
         Args:
@@ -233,7 +233,7 @@ class Indexer:
         return True
 
     def _encode_all(
-        self, model: RetrievalModel, todo: Sequence[str], batch_size: int, workers: int
+        self, model: Embedder, todo: Sequence[str], batch_size: int, workers: int
     ) -> None:
         batch: list[_Decoded] = []
         stream = _decode_ahead(todo, model.image_transform, workers, batch_size + 2 * workers)
@@ -255,10 +255,10 @@ class Indexer:
             self._stale.append(file.path)  # what the index knew of it is true no more
 
     @torch.inference_mode()
-    def _encode(self, model: RetrievalModel, batch: Sequence[_Decoded]) -> None:
+    def _encode(self, model: Embedder, batch: Sequence[_Decoded]) -> None:
         pixels = torch.stack([item.pixels for item in batch])
         try:
-            features = model.query_pass(model.tokens_from_pixels(pixels)).image_features
+            features = model.features_from_pixels(pixels)
         except torch.cuda.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 f"{len(batch)} images do not fit into the GPU's memory: try a smaller --batch-size, "

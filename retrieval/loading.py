@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .checkpoints import EMBEDDED, is_own_format, load_own
+from .dual_encoder import PREFIX, DualEncoder
 from .errors import CheckpointError
 from .hub import load_hub
 from .lavis import load_lavis
@@ -26,10 +27,24 @@ SHORT_NAMES = {
 NAMES = (DEFAULT_MODEL, *SHORT_NAMES)  # these win over a folder of the same name
 
 
+def load_embedder(
+    name_or_path: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto"
+) -> RetrievalModel | DualEncoder:
+    """Load what `load_model` loads, or by `open_clip:NAME` a dual encoder; see `dual_encoder.py`.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    if not str(name_or_path).startswith(PREFIX):
+        return load_model(name_or_path, device, dtype)
+    target = pick_device(device)
+    return DualEncoder(str(name_or_path)).to(target, _dtype(dtype, target)).eval()
+
+
 def load_model(
     name_or_path: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", dtype: str = "auto"
 ) -> RetrievalModel:
-    """Load a model for inference.
+    """Load a BLIP-2 model for inference.
 
     Args:
         name_or_path: "mini" (embedded), a hub name or its short name, a checkpoint folder, or a

@@ -6,11 +6,10 @@ half is what the losses use: tensors in, tensors out, with gradients.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .embedder import Embedder, Float32, fingerprint
 from .encoders import build_encoder
+from .errors import CheckpointError
 from .masks import bi_directional_mask, multimodal_causal_mask, uni_modal_mask
 from .preprocess import ImageLike, ImageTransform, TextBatch, TextTransform
 from .qformer import KeyValue, LanguageModelHead, QFormer
@@ -70,6 +71,32 @@ class RetrievalModel(nn.Module):
     # ---- for programs: images and captions in, numpy out -------------------------------------
 
     @property
+    def name(self) -> str:
+        """What to load again, such as "mini"."""
+        return self.config.name
+
+    @property
+    def num_vectors(self) -> int:
+        """Q, vectors an image: one of each query token."""
+        return self.config.qformer.num_queries
+
+    @property
+    def embedding_size(self) -> int:
+        """E, numbers a vector."""
+        return self.config.embedding_size
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images become pixels, in words and numbers that JSON can hold."""
+        settings = self.config.preprocess
+        return {
+            "image_size": settings.image_size,
+            "mean": list(settings.mean),
+            "std": list(settings.std),
+            "resize": "squash, bicubic",
+        }
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.ln_vision.weight.device
@@ -80,9 +107,7 @@ class RetrievalModel(nn.Module):
         return self.ln_vision.weight.dtype
 
     @torch.inference_mode()
-    def encode_images(
-        self, images: Sequence[ImageLike], batch_size: int = 32
-    ) -> np.ndarray[tuple[int, int, int], np.dtype[np.float32]]:
+    def encode_images(self, images: Sequence[ImageLike], batch_size: int = 32) -> Float32:
         """Return the ITC features of images: (N, Q, E), float32, each vector of length 1.
 
         Args:
@@ -96,21 +121,17 @@ class RetrievalModel(nn.Module):
             self.query_pass(tokens).image_features.float().cpu().numpy()
             for tokens in self._token_batches(images, batch_size)
         ]
-        empty = np.empty(
-            (0, self.config.qformer.num_queries, self.config.embedding_size), np.float32
-        )
+        empty = np.empty((0, self.num_vectors, self.embedding_size), np.float32)
         return np.concatenate(batches) if batches else empty
 
     @torch.inference_mode()
-    def encode_texts(
-        self, texts: Sequence[str], batch_size: int = 256
-    ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float32:
         """Return the ITC features of captions: (B, E), float32, each vector of length 1."""
         batches = [
             self.text_features(self.tokenize(texts[i : i + batch_size])).float().cpu().numpy()
             for i in range(0, len(texts), batch_size)
         ]
-        empty = np.empty((0, self.config.embedding_size), np.float32)
+        empty = np.empty((0, self.embedding_size), np.float32)
         return np.concatenate(batches) if batches else empty
 
     @torch.inference_mode()
@@ -151,17 +172,10 @@ class RetrievalModel(nn.Module):
     def refresh_fingerprint(self) -> None:
         """Recompute `fingerprint`, 16 hex digits that tell this model's features from another's.
 
-        It covers the configuration and a sample of every tensor in full precision, so it is the
-        same on every device and in every dtype that the model is cast to afterwards.
+        See `embedder.fingerprint`; the configuration without its name is part of it.
         """
         unnamed = replace(self.config, name="")  # the same model by another path is the same
-        digest = hashlib.blake2b(repr(unnamed).encode(), digest_size=8)
-        for name, tensor in sorted(self.state_dict().items()):
-            flat = tensor.detach().flatten()
-            step = max(1, flat.numel() // 256)
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(flat[::step].float().cpu().numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = fingerprint(repr(unnamed), self.state_dict())
 
     def tokenize(self, texts: Sequence[str]) -> TextBatch:
         """Clean and tokenise captions onto the model's device."""
@@ -177,6 +191,10 @@ class RetrievalModel(nn.Module):
     def tokens_from_pixels(self, pixels: Tensor) -> Tensor:
         """Encode pixels (N, 3, S, S) to image tokens (N, P, D)."""
         return self.normalise_tokens(self.image_encoder(pixels.to(self.device, self.dtype)))
+
+    def features_from_pixels(self, pixels: Tensor) -> Tensor:
+        """Encode pixels (N, 3, S, S) to ITC features (N, Q, E), float32, each of length 1."""
+        return self.query_pass(self.tokens_from_pixels(pixels)).image_features
 
     def normalise_tokens(self, encoder_tokens: Tensor) -> Tensor:
         """Apply `ln_vision`, and positions where the encoder has none, to (N, P, D)."""
@@ -213,6 +231,17 @@ class RetrievalModel(nn.Module):
         out = self.qformer(token_ids=text.token_ids, mask=mask, past=keys_values)
         hidden: Tensor = out.text
         return hidden
+
+
+def with_itm_head(model: Embedder) -> RetrievalModel:
+    """Return the model, if it can rerank.
+
+    Raises:
+        CheckpointError: it is a dual encoder.
+    """
+    if isinstance(model, RetrievalModel):
+        return model
+    raise CheckpointError(f"{model.name} is a dual encoder without an ITM head: rerank 0")
 
 
 def max_over_queries(image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -84,10 +84,10 @@ class ImageTransform:
         Raises:
             ImageReadError: see `load_image`.
         """
-        return self.squash(load_image(image))
+        return self.to_pixels(load_image(image))
 
-    def squash(self, image: Image.Image) -> Tensor:
-        """Return pixels of an image that `load_image` gave: (3, S, S), float32."""
+    def to_pixels(self, image: Image.Image) -> Tensor:
+        """Squash an image that `load_image` gave, and return its pixels (3, S, S), float32."""
         return self.normalise(image.resize(self.size, Image.Resampling.BICUBIC))
 
     def normalise(self, image: Image.Image) -> Tensor:

@@ -75,3 +75,25 @@ def save_hub(model, folder: Path) -> Path:
 def edit_json(file: Path, **changes) -> None:
     """Overwrite some fields of a JSON object."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+}
+
+
+def save_clip(folder: Path, seed: int = 0) -> Path:
+    """Save a tiny random open_clip model as a folder that `open_clip:local-dir:` takes."""
+    import open_clip
+
+    folder.mkdir(parents=True)
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(CLIP["embed_dim"], CLIP["vision_cfg"], CLIP["text_cfg"])
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    settings = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.25], "interpolation": "bicubic"}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": CLIP, "preprocess_cfg": settings})
+    )
+    return folder

@@ -30,7 +30,7 @@ class FakeEngine:
         self.opened.append({"index": index_path, "model": model, "device": device})
         return self
 
-    def search(self, query, k=10, rerank=32):
+    def search(self, query, k=10, rerank=None):
         self._called(query, k=k, rerank=rerank)
         return self.hits[:k]
 

@@ -85,7 +85,7 @@ def test_an_image_reaches_the_engine_as_a_path(run, engine, tmp_path):
     file = tmp_path / "query.png"
     file.touch()
     run("query", "--image", file)
-    assert engine.calls == [(file, {"k": 10, "rerank": 32})]
+    assert engine.calls == [(file, {"k": 10, "rerank": None})]
     engine.error = ImageReadError("not an image", str(file))
     assert run("query", "--image", file, code=1).stderr == f"error: {file}: not an image\n"
 

@@ -1,0 +1,146 @@
+"""CLIP, SigLIP, EVA and their like, through open_clip: one vector an image, and no rerank.
+
+A name is `open_clip:MODEL/WEIGHTS`, the weights a tag that open_clip knows or a file, or
+`open_clip:local-dir:FOLDER` and `open_clip:hf-hub:OWNER/NAME`, which bring their weights along.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from .embedder import Float32, fingerprint
+from .errors import CheckpointError
+from .preprocess import ImageLike, load_image
+
+PREFIX = "open_clip:"
+_WHOLE = ("local-dir:", "hf-hub:")  # open_clip's names of a model together with its weights
+
+
+class _Transform:
+    """open_clip's own evaluation transform, behind our image reader."""
+
+    def __init__(self, compose: Any) -> None:
+        self._compose = compose
+
+    def __call__(self, image: ImageLike) -> Tensor:
+        return self.to_pixels(load_image(image))
+
+    def to_pixels(self, image: Image.Image) -> Tensor:
+        pixels: Tensor = self._compose(image)
+        return pixels
+
+
+class DualEncoder(nn.Module):
+    """An open_clip model as an `Embedder`, with Q = 1."""
+
+    num_vectors = 1
+
+    def __init__(self, name: str) -> None:
+        """Load a model, in float32 on the CPU.
+
+        Args:
+            name: see above; paths in it may be relative.
+
+        Raises:
+            CheckpointError: open_clip has no such model or weights, or they do not fit.
+        """
+        import open_clip
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        super().__init__()
+        architecture, weights = _split(name)
+        try:
+            self.clip: Any = _create(open_clip, architecture, weights)
+            self._tokenizer = open_clip.get_tokenizer(architecture)
+        except Exception as error:  # whatever open_clip and the formats that it reads raise
+            raise CheckpointError(f"{name} cannot be loaded: {error}") from error
+        settings = open_clip.get_model_preprocess_cfg(self.clip)
+        self.image_transform = _Transform(
+            image_transform_v2(PreprocessCfg(**settings), is_train=False)
+        )
+        size = settings["size"]
+        self.preprocessing = {
+            "image_size": size if isinstance(size, int) else size[0],
+            "mean": list(settings["mean"]),
+            "std": list(settings["std"]),
+            "resize": f"{settings['resize_mode']}, {settings['interpolation']}",
+        }
+        self.name = PREFIX + architecture + (f"/{weights}" if weights else "")
+        self.eval()
+        self.embedding_size = self.encode_texts(["a photo"]).shape[1]
+        self.fingerprint = fingerprint(repr(self.preprocessing), self.clip.state_dict())
+
+    def features_from_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the vectors of pixels (N, 3, S, S): (N, 1, E), float32, each of length 1."""
+        weight = next(self.clip.parameters())
+        features = self.clip.encode_image(pixels.to(weight.device, weight.dtype))
+        return F.normalize(features.float(), dim=-1)[:, None]
+
+    @torch.inference_mode()
+    def encode_images(self, images: Sequence[ImageLike], batch_size: int = 32) -> Float32:
+        """Return the vectors of images: (N, 1, E), float32, each of length 1.
+
+        Raises:
+            ImageReadError: an image cannot be decoded.
+        """
+        found = [np.empty((0, 1, self.embedding_size), np.float32)]
+        for start in range(0, len(images), batch_size):
+            pixels = [self.image_transform(image) for image in images[start : start + batch_size]]
+            found.append(self.features_from_pixels(torch.stack(pixels)).cpu().numpy())
+        return np.concatenate(found)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float32:
+        """Return the vectors of captions: (B, E), float32, each of length 1.
+
+        Captions go to open_clip's tokenizer as they are: no prompt is put in front.
+        """
+        device = next(self.clip.parameters()).device
+        found = []
+        for start in range(0, len(texts), batch_size):
+            tokens = self._tokenizer(list(texts[start : start + batch_size])).to(device)
+            features = self.clip.encode_text(tokens)
+            found.append(F.normalize(features.float(), dim=-1).cpu().numpy())
+        return np.concatenate(found) if found else np.empty((0, self.embedding_size), np.float32)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Divide a name into model and weights; "" where the model brings its own.
+
+    >>> _split("open_clip:ViT-L-14/openai"), _split("open_clip:ViT-B-32/runs/clip.pt")[1]
+    (('ViT-L-14', 'openai'), 'runs/clip.pt')
+    """
+    rest = name.removeprefix(PREFIX)
+    if rest.startswith(_WHOLE):
+        scheme, place = rest.split(":", 1)
+        return f"{scheme}:{os.path.abspath(place) if scheme == 'local-dir' else place}", ""
+    architecture, _, weights = rest.partition("/")
+    return architecture, os.path.abspath(weights) if os.path.isfile(weights) else weights
+
+
+def _create(open_clip: Any, architecture: str, weights: str) -> Any:
+    """Build the model with its weights, all of them, and with the activation they were trained with."""
+    whole = architecture.startswith(_WHOLE)
+    if not whole and not weights:
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        known = f"one of {', '.join(tags)}" if tags else "see open_clip.list_pretrained()"
+        raise CheckpointError(f"name its weights, as {PREFIX}{architecture}/WEIGHTS: {known}")
+    tag = {} if whole else open_clip.get_pretrained_cfg(architecture, weights) or {}
+    with warnings.catch_warnings():
+        # Of the wrong activation open_clip only warns; the vectors would be quietly worse.
+        warnings.filterwarnings("error", message="QuickGELU mismatch")
+        return open_clip.create_model(
+            architecture,
+            pretrained=weights or None,
+            force_quick_gelu=bool(tag.get("quick_gelu")),
+            require_pretrained=True,
+        )
