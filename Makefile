@@ -18,7 +18,7 @@ demo: install
 dev: $(VENV)/dev
 
 $(VENV)/dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --editable ".[demo,dev,train]"
+	$(BIN)/pip install --quiet --editable ".[demo,dev,evaluate,train]"
 	mkdir -p .types && ln -sfn .. .types/blip2_search
 	touch $@
 

@@ -1,67 +1,82 @@
-"""Recall of a model on captioned photographs, by ITC alone and reranked by ITM.
+"""The retrieval table of the paper: models side by side, and the published rows under them.
 
-    python -m blip2_search.benchmarks.recall --data dataset_flickr8k.json --images DIR --split val
+    python -m blip2_search.benchmarks.recall --dataset flickr30k --model blip2-itm-vit-g-coco
 
-The protocol is BLIP-2's, see `retrieval/evaluation.py`.
+Each model's result goes to `results/MODEL_DATASET_SPLIT.json`, with the command, the model's
+fingerprint and the day; `tables.py` makes the README's tables of them. The protocol is BLIP-2's, see
+`retrieval/evaluation.py`; `blip2-search evaluate` has more options for one model.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import re
+import shlex
+import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-
-from ..retrieval.data import captions_and_owners, read_karpathy
+from ..cli import render, report
+from ..cli.evaluate import ROOT_VARIABLE, write_result
+from ..cli.options import default_cache
+from ..cli.progress import Stages
+from ..retrieval.data import read_split
+from ..retrieval.datasets import BENCHMARKS
 from ..retrieval.evaluation import evaluate
-from ..retrieval.loading import DEFAULT_MODEL, load_model
+from ..retrieval.loading import DEFAULT_MODEL, load_embedder
+from ..retrieval.model import RetrievalModel
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def result_name(model: str, dataset: str, split: str) -> str:
+    """Return the name of a result's file.
+
+    >>> result_name("open_clip:ViT-L-14/openai", "coco", "test")
+    'open_clip_vit-l-14_openai_coco_test.json'
+    """
+    return f"{re.sub(r'[^a-z0-9-]+', '_', model.lower())}_{dataset}_{split}.json"
 
 
 def main() -> None:
-    """Run the benchmark and print its table; JSON goes to `--out`."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="Karpathy JSON")
-    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--dataset", choices=sorted(BENCHMARKS), required=True)
+    parser.add_argument(
+        "--root", type=Path, default=Path("data"), help=f"as ${ROOT_VARIABLE} of `evaluate`"
+    )
     parser.add_argument("--split", default="test")
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model", action="append", help=f"several may be given [{DEFAULT_MODEL}]")
     parser.add_argument("--rerank", type=int, default=128)
     parser.add_argument("--limit", type=int, help="the first so many images only")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the rerank"
-    )
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
     args = parser.parse_args()
 
-    model = load_model(args.model)
-    photos = read_karpathy(args.data, args.images, [args.split])[: args.limit]
-    captions, owner = captions_and_owners(photos)
-    paths = [photo.path for photo in photos]
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reranking")
-        report = evaluate(
-            model, paths, captions, owner, args.rerank, args.precision,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
-    report |= {
-        "model": model.config.name,
-        "fingerprint": model.fingerprint,
-        "images": len(photos),
-        "captions": len(captions),
-        "split": args.split,
-        "rerank": args.rerank,
-        "precision": args.precision,
-    }
-    table = Table("", *report["itc"], title=f"{args.data.stem} {args.split}, {len(photos)} images")
-    for name in ("itc", "itc+itm"):
-        if name in report:
-            table.add_row(name, *(f"{value:.1f}" for value in report[name].values()))
-    Console().print(table)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    file, folder = BENCHMARKS[args.dataset].find(args.root)
+    photos = read_split(file, folder, args.split)[: args.limit]
+    results = []
+    for name in args.model or [DEFAULT_MODEL]:
+        model = load_embedder(name, device=args.device)
+        with Stages() as stages:
+            result = evaluate(
+                model,
+                photos,
+                rerank=args.rerank if isinstance(model, RetrievalModel) else 0,
+                precision=args.precision,
+                cache=default_cache(),
+                prepare=stages.prepare,
+            )
+        results.append(result)
+        described = {"dataset": args.dataset, "split": args.split, **result.to_dict()}
+        command = ["python", "-m", "blip2_search.benchmarks.recall", *sys.argv[1:]]
+        write_result(
+            described,
+            args.results / result_name(name, args.dataset, args.split),
+            shlex.join(command),
+        )
+    render.print_title(f"{args.dataset} {args.split}: {len(photos):,} images")
+    report.print_recalls(results, args.dataset, args.split)
 
 
 if __name__ == "__main__":

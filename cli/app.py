@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..indexes.errors import Blip2SearchError
-from . import demo, index, info, models, options, query, render, train
+from . import demo, evaluate, index, info, models, options, query, render, train
 
 
 class ErrorBoundary(TyperGroup):
@@ -84,13 +84,15 @@ def start(
 def _help(command: Callable[..., None]) -> str:
     """Return a docstring with its lists marked as not to be wrapped."""
     text = inspect.cleandoc(command.__doc__ or "")
-    for heading in ("\nExamples:", "\nRecipes:"):
+    for heading in ("\nExamples:", "\nRecipes:", "\nLayouts under --root:"):
         text = text.replace(heading, f"\n\n\b{heading}")
     return text
 
 
 app.callback(help=_help(start))(start)
-for _command in (index.index, query.query, info.info, models.models, demo.demo, train.train):
+for _command in (
+    index.index, query.query, info.info, models.models, demo.demo, train.train, evaluate.evaluate
+):  # fmt: skip
     app.command(help=_help(_command))(_command)
 
 

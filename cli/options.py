@@ -23,6 +23,13 @@ def default_index() -> Path:
     return user_data_path("blip2-search", appauthor=False) / "index"
 
 
+def default_cache() -> Path:
+    """Return the folder of encoded images when nobody names one: in the user's cache directory."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("blip2-search", appauthor=False) / "tokens"
+
+
 def set_verbose(verbose: bool) -> bool:
     """Let errors come with their traceback; an option's callback, which returns its value."""
     if verbose:

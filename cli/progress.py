@@ -1,4 +1,4 @@
-"""How far the encoding is, on stderr."""
+"""How far long work is, on stderr: a bar in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
 
 from . import render
 
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+T = TypeVar("T", bound="Stages")
 OnProgress = Callable[[int, int], None]  # (files done, files to do)
 
 SECONDS_A_LINE = 10.0
@@ -63,6 +69,72 @@ class Rate:
             self._first = (done, now)
         count, start = self._first
         return (done - count) / (now - start) if now > start else 0.0
+
+
+class Stages:
+    """Shows pieces of work that come one after the other.
+
+    `with Stages() as stages: work(prepare=stages.prepare)`
+    """
+
+    def __init__(self) -> None:
+        """Show nothing yet."""
+        self.bar: Progress | None = None
+        self._next_line = 0.0
+
+    def __enter__(self: T) -> T:
+        """Open the bar, in a terminal."""
+        if sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self.bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=20),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[numbers]}"),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True, highlight=False),
+            )
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def prepare(self, what: str) -> OnProgress:
+        """Announce a piece of work, such as "Encoding images"; return its progress callback."""
+        rate = Rate()
+        unit = what.split()[-1]
+        task: TaskID | None = None
+
+        def update(done: int, total: int) -> None:
+            nonlocal task
+            speed = rate(done)
+            numbers = f"{speed:.1f} {unit}/s" if speed else ""
+            if self.bar is not None:
+                if task is None:
+                    task = self.bar.add_task(what, total=total, numbers="")
+                self.bar.update(task, completed=done, numbers=numbers)
+            elif speed and self.due(done == total):
+                render.say(f"{what}: {done:,} of {total:,}, {numbers}")
+
+        return update
+
+    def due(self, last: bool) -> bool:
+        """Tell whether it is time for another line, outside of a terminal."""
+        now = time.monotonic()
+        if now < self._next_line and not last:
+            return False
+        self._next_line = now + SECONDS_A_LINE
+        return True
 
 
 class _Lines:

@@ -39,12 +39,12 @@ def print_hits(hits: Iterable[Hit]) -> None:
     """
     from rich.text import Text
 
-    table = _table("#", "path", "score", "ITC", "ITM", right=("#", "score", "ITC", "ITM"))
+    table = new_table("#", "path", "score", "ITC", "ITM", right=("#", "score", "ITC", "ITM"))
     for hit in hits:
         itm = "-" if hit.itm is None else f"{hit.itm:.3f}"
         path = Text(printable(short_path(hit.path)), overflow="fold")
         table.add_row(str(hit.rank), path, f"{hit.score:.3f}", f"{hit.itc:.3f}", itm)
-    _print(table)
+    print_table(table)
 
 
 def print_json(hits: Iterable[Hit]) -> None:
@@ -61,6 +61,11 @@ def print_paths(hits: Iterable[Hit], end: str = "\n") -> None:
     """Print paths byte for byte, each with `end` behind it."""
     for hit in hits:
         typer.echo(os.fsencode(hit.path + end), nl=False)
+
+
+def print_title(text: str) -> None:
+    """Print a line of what goes with a table."""
+    typer.echo(printable(text))
 
 
 def print_path(path: Path) -> None:
@@ -94,10 +99,10 @@ def print_info_json(info: IndexInfo) -> None:
 
 def print_models(rows: Iterable[Sequence[str]]) -> None:
     """Print a table of name, image size and weights."""
-    table = _table("name", "image size", "weights")
+    table = new_table("name", "image size", "weights")
     for row in rows:
         table.add_row(*row)
-    _print(table)
+    print_table(table)
 
 
 def counts(numbers: Mapping[str, int]) -> str:
@@ -164,7 +169,8 @@ def short_path(path: str) -> str:
     return min(names, key=len)
 
 
-def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+def new_table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """Return an empty table with these columns, those of `right` aligned to the right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -177,7 +183,8 @@ def _table(*columns: str, right: Sequence[str] = ()) -> Table:
     return table
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """Print a table, folded in a terminal only."""
     from rich.console import Console
 
     # In a pipe there is no edge to fold lines at.

@@ -99,7 +99,7 @@ def train(
                 chosen,
                 _caption_files(data, images or []),
                 folder,
-                cache=cache or _default_cache(),
+                cache=cache or options.default_cache(),
                 resume=resume,
                 device=device,
                 tensorboard=tensorboard,
@@ -125,12 +125,6 @@ def _caption_files(data: list[str], images: list[Path]) -> list[CaptionFile]:
     return [
         CaptionFile(file=file, images=folder) for file, folder in zip(data, folders, strict=True)
     ]
-
-
-def _default_cache() -> Path:
-    from platformdirs import user_cache_path
-
-    return user_cache_path("blip2-search", appauthor=False) / "tokens"
 
 
 def _summarise(report: RunReport, skipped: int) -> None:

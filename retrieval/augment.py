@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .preprocess import ImageTransform
+from .embedder import PixelTransform
 from .recipe import DataConfig
 
 ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
@@ -55,7 +55,7 @@ def random_crop(
 
 def crop_to_pixels(
     image: Image.Image,
-    transform: ImageTransform,
+    transform: PixelTransform,
     config: DataConfig,
     generator: np.random.Generator,
 ) -> Tensor:
@@ -63,4 +63,4 @@ def crop_to_pixels(
     if not config.augment:
         return transform.to_pixels(image)
     crop = random_crop(image, transform.size, generator, scale=config.crop_scale, flip=config.flip)
-    return transform.normalise(crop)
+    return transform.to_pixels(crop)  # of this size already: only normalised

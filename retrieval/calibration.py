@@ -7,14 +7,18 @@ changes neither head's own ranking, only the weight of ITM in the sum.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from .data import CaptionedImage, captions_and_owners
-from .evaluation import candidates, match_all, rerank_table
-from .metrics import recall_table
-from .model import Precision, RetrievalModel, autocast, image_features, itc_similarities
+from .feature_cache import cached_features, encoder_tokens
+from .metrics import recall
+from .model import Precision, RetrievalModel, autocast, itc_similarities
+from .recipe import DataConfig
+from .reranking import DIRECTIONS, Direction, match_pairs, pairs_to_match, rank_by_itc
 
 SCALES = (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -43,16 +47,22 @@ def calibrate_itm(
         the scale, and for each scale that lesser gain, in points of R@1.
     """
     captions, owner = captions_and_owners(images)
-    tokens = model.image_tokens([image.path for image in images])
-    itc = itc_similarities(image_features(model, tokens), model.encode_texts(captions))
-    pairs = candidates(itc, rerank)
-    with autocast(model.device, precision):
-        itm = match_all(model, tokens, captions, pairs)
-    alone = recall_table(itc, owner)
-    gains = {}
-    for scale in scales:
-        table = rerank_table(itc, scale * itm, pairs, rerank, owner)
-        gains[scale] = min(table[name] - alone[name] for name in ("tr@1", "ir@1"))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [image.path for image in images]
+        tokens = encoder_tokens(model, paths, Path(folder), DataConfig(augment=False)).images
+        features = torch.from_numpy(cached_features(model, tokens)).to(model.device)
+        itc = itc_similarities(features, model.encode_texts(captions))
+        rankings = rank_by_itc(itc, owner, rerank)
+        pairs = pairs_to_match(rankings, len(captions))
+        with autocast(model.device, precision):
+            itm = match_pairs(model, tokens, captions, pairs)
+
+    def gain(direction: Direction, scale: float) -> float:
+        ranking = rankings[direction]
+        ranks = ranking.reranked(scale * itm[pairs.positions[direction]], rerank)
+        return recall(ranks, 1) - recall(ranking.itc_ranks, 1)
+
+    gains = {scale: min(gain(direction, scale) for direction in DIRECTIONS) for scale in scales}
     best = max(gains, key=gains.__getitem__)
     model.itm_head.weight.mul_(best)
     model.itm_head.bias.mul_(best)

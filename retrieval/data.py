@@ -19,6 +19,7 @@ from .errors import DatasetError, EmptySplitError
 
 PATH_COLUMNS = ("path", "image", "filepath", "filename", "file_name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
+RATING = "rating"  # what the names of columns of ratings begin with
 TEXT = (*PATH_COLUMNS, *CAPTION_COLUMNS, "split")
 TEMPLATES = (  # of captions for a photograph that has a label only
     "{}",
@@ -37,15 +38,39 @@ class CaptionedImage:
     path: Path
     captions: tuple[str, ...]
     group: str  # images of one group match each other's captions; by default an image's own path
+    split: str = ""  # as the file says; "" where it says nothing
 
 
-def read_captioned(file: Path, images: Path, splits: Sequence[str]) -> list[CaptionedImage]:
+def read_split(file: Path, images: Path, split: str | None = None) -> list[CaptionedImage]:
+    """Read the images of one split, for an evaluation.
+
+    Args:
+        file: see `read_captioned`.
+        images: the folder that the paths in it are relative to.
+        split: None is "test", or everything where the file names no splits.
+
+    Raises:
+        DatasetError: as `read_captioned`; the splits that there are, are named.
+    """
+    everything = read_captioned(file, images, None)
+    known = sorted({image.split for image in everything} - {""})
+    if split is None and not known:
+        return everything
+    found = [image for image in everything if image.split == (split or "test")]
+    if not found:
+        there = f"its splits are {', '.join(known)}" if known else "it names no splits"
+        raise EmptySplitError(f"{file} has no image in the split {split or 'test'}: {there}")
+    return found
+
+
+def read_captioned(file: Path, images: Path, splits: Sequence[str] | None) -> list[CaptionedImage]:
     """Read captioned images from a file of any format that is understood; see the readers below.
 
     Args:
         file: `.json`, `.csv`, `.tsv` or `.parquet`.
         images: the folder that the paths in it are relative to.
-        splits: the splits wanted, where the file has any; a file without belongs to "train".
+        splits: the splits wanted, where the file has any; a file without belongs to "train". None
+            is all of them.
 
     Raises:
         DatasetError: the file is missing, of another format, or has nothing in these splits.
@@ -59,7 +84,7 @@ def read_captioned(file: Path, images: Path, splits: Sequence[str]) -> list[Capt
 
 
 def read_karpathy(
-    file: Path, images: Path, splits: Sequence[str] = ("train",)
+    file: Path, images: Path, splits: Sequence[str] | None = ("train",)
 ) -> list[CaptionedImage]:
     """Read a Karpathy split file (`dataset_flickr8k.json`, `dataset_coco.json`, ...).
 
@@ -78,7 +103,7 @@ def read_karpathy(
 
 
 def read_table(
-    file: Path, images: Path, splits: Sequence[str] = ("train",)
+    file: Path, images: Path, splits: Sequence[str] | None = ("train",)
 ) -> list[CaptionedImage]:
     """Read a CSV, TSV or Parquet table: a column of paths, one of captions, perhaps one of splits.
 
@@ -86,6 +111,37 @@ def read_table(
 
     Raises:
         DatasetError: the table cannot be read, lacks a column, or has no row in these splits.
+    """
+    names, rows = read_columns(file)
+    path = _column(file, names, PATH_COLUMNS)
+    caption = _column(file, names, CAPTION_COLUMNS)
+    captions: dict[str, list[str]] = {}
+    split_of: dict[str, str] = {}
+    for row in rows:
+        if not _wanted(row.get("split"), splits) or not row[path] or not row[caption]:
+            continue
+        split_of[str(row[path])] = row.get("split") or ""
+        cell = [row[caption]] if isinstance(row[caption], str) else row[caption]
+        if not isinstance(cell, list) or not all(isinstance(one, str) for one in cell):
+            raise DatasetError(f"{file}: {row[caption]!r} in the column {caption} is no caption")
+        captions.setdefault(str(row[path]), []).extend(cell)
+    found = [
+        CaptionedImage(
+            path=images / name,
+            captions=tuple(of),
+            group=str(images / name),
+            split=split_of[name],
+        )
+        for name, of in captions.items()
+    ]
+    return _not_empty(found, file, splits)
+
+
+def read_columns(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Read a CSV, TSV or Parquet table: the names of its columns, and the rows of those we know.
+
+    Raises:
+        DatasetError: the table cannot be read.
     """
     import pyarrow as pa
     from pyarrow import csv, parquet
@@ -104,26 +160,12 @@ def read_table(
         raise DatasetError(f"cannot read {file}: {error.strerror or error}") from error
     except pa.ArrowException as error:
         raise DatasetError(f"cannot read {file}: {error}") from error
-    names = table.column_names
-    path = _column(file, names, PATH_COLUMNS)
-    caption = _column(file, names, CAPTION_COLUMNS)
-    captions: dict[str, list[str]] = {}
-    for row in table.select([path, caption, *(["split"] if "split" in names else [])]).to_pylist():
-        if (row.get("split") or "train") not in splits or not row[path] or not row[caption]:
-            continue
-        cell = [row[caption]] if isinstance(row[caption], str) else row[caption]
-        if not isinstance(cell, list) or not all(isinstance(one, str) for one in cell):
-            raise DatasetError(f"{file}: {row[caption]!r} in the column {caption} is no caption")
-        captions.setdefault(str(row[path]), []).extend(cell)
-    found = [
-        CaptionedImage(path=images / name, captions=tuple(of), group=str(images / name))
-        for name, of in captions.items()
-    ]
-    return _not_empty(found, file, splits)
+    wanted = [name for name in table.column_names if name in TEXT or name.startswith(RATING)]
+    return table.column_names, table.select(wanted).to_pylist()
 
 
 def read_labelled(
-    file: Path, images: Path, splits: Sequence[str] = ("train",)
+    file: Path, images: Path, splits: Sequence[str] | None = ("train",)
 ) -> list[CaptionedImage]:
     """Read labelled photographs: a JSON list of {"filename", "label", perhaps "wnid" and "split"}.
 
@@ -148,7 +190,11 @@ def captions_and_owners(
     return captions, np.repeat(np.arange(len(images)), [len(image.captions) for image in images])
 
 
-def _read_json(file: Path, images: Path, splits: Sequence[str]) -> list[CaptionedImage]:
+def _wanted(split: str | None, splits: Sequence[str] | None) -> bool:
+    return splits is None or (split or "train") in splits
+
+
+def _read_json(file: Path, images: Path, splits: Sequence[str] | None) -> list[CaptionedImage]:
     data = _load_json(file)
     if isinstance(data, dict):
         return _karpathy_images(file, data, images, splits)
@@ -165,10 +211,10 @@ def _load_json(file: Path) -> Any:
 
 
 def _karpathy_images(
-    file: Path, data: Mapping[str, Any], images: Path, splits: Sequence[str]
+    file: Path, data: Mapping[str, Any], images: Path, splits: Sequence[str] | None
 ) -> list[CaptionedImage]:
     try:
-        wanted = [entry for entry in data["images"] if entry["split"] in splits]
+        wanted = [entry for entry in data["images"] if _wanted(entry["split"], splits)]
         read = [_karpathy_image(entry, images) for entry in wanted]
         found = [image for image in read if image.captions]
     except (KeyError, TypeError, ValueError) as error:
@@ -179,11 +225,11 @@ def _karpathy_images(
 def _karpathy_image(entry: Mapping[str, Any], images: Path) -> CaptionedImage:
     path = images / str(entry.get("filepath", "")) / str(entry["filename"])
     captions = tuple(sentence["raw"] for sentence in entry["sentences"])
-    return CaptionedImage(path=path, captions=captions, group=str(path))
+    return CaptionedImage(path=path, captions=captions, group=str(path), split=str(entry["split"]))
 
 
 def _labelled_images(
-    file: Path, data: Iterable[Mapping[str, Any]], images: Path, splits: Sequence[str]
+    file: Path, data: Iterable[Mapping[str, Any]], images: Path, splits: Sequence[str] | None
 ) -> list[CaptionedImage]:
     from timm.data.imagenet_info import ImageNetInfo
 
@@ -192,7 +238,7 @@ def _labelled_images(
     found = []
     try:
         for entry in data:
-            if entry.get("split", "train") not in splits:
+            if not _wanted(entry.get("split"), splits):
                 continue
             label, wnid = str(entry["label"]), str(entry.get("wnid", ""))
             lemmas = imagenet.label_name_to_description(wnid).split(", ") if wnid in known else []
@@ -201,7 +247,14 @@ def _labelled_images(
                 template.format(with_article(name)) for name in names for template in TEMPLATES
             )
             path = images / str(entry["filename"])
-            found.append(CaptionedImage(path=path, captions=captions, group=wnid or label))
+            found.append(
+                CaptionedImage(
+                    path=path,
+                    captions=captions,
+                    group=wnid or label,
+                    split=str(entry.get("split", "")),
+                )
+            )
     except (KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{file} is no list of labelled photographs: {error!r}") from error
     return _not_empty(found, file, splits)
@@ -224,8 +277,9 @@ def _column(file: Path, names: Sequence[str], known: Sequence[str]) -> str:
 
 
 def _not_empty(
-    found: list[CaptionedImage], file: Path, splits: Sequence[str]
+    found: list[CaptionedImage], file: Path, splits: Sequence[str] | None
 ) -> list[CaptionedImage]:
     if not found:
-        raise EmptySplitError(f"{file} has no image in the split(s) {', '.join(splits)}")
+        of = "" if splits is None else f" in the split(s) {', '.join(splits)}"
+        raise EmptySplitError(f"{file} has no image{of}")
     return found

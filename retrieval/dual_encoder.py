@@ -28,8 +28,9 @@ _WHOLE = ("local-dir:", "hf-hub:")  # open_clip's names of a model together with
 class _Transform:
     """open_clip's own evaluation transform, behind our image reader."""
 
-    def __init__(self, compose: Any) -> None:
+    def __init__(self, compose: Any, side: int) -> None:
         self._compose = compose
+        self.size = (side, side)
 
     def __call__(self, image: ImageLike) -> Tensor:
         return self.to_pixels(load_image(image))
@@ -64,12 +65,12 @@ class DualEncoder(nn.Module):
         except Exception as error:  # whatever open_clip and the formats that it reads raise
             raise CheckpointError(f"{name} cannot be loaded: {error}") from error
         settings = open_clip.get_model_preprocess_cfg(self.clip)
+        side = settings["size"] if isinstance(settings["size"], int) else settings["size"][0]
         self.image_transform = _Transform(
-            image_transform_v2(PreprocessCfg(**settings), is_train=False)
+            image_transform_v2(PreprocessCfg(**settings), is_train=False), side
         )
-        size = settings["size"]
         self.preprocessing = {
-            "image_size": size if isinstance(size, int) else size[0],
+            "image_size": side,
             "mean": list(settings["mean"]),
             "std": list(settings["std"]),
             "resize": f"{settings['resize_mode']}, {settings['interpolation']}",
@@ -79,11 +80,26 @@ class DualEncoder(nn.Module):
         self.embedding_size = self.encode_texts(["a photo"]).shape[1]
         self.fingerprint = fingerprint(repr(self.preprocessing), self.clip.state_dict())
 
-    def features_from_pixels(self, pixels: Tensor) -> Tensor:
-        """Return the vectors of pixels (N, 3, S, S): (N, 1, E), float32, each of length 1."""
-        weight = next(self.clip.parameters())
-        features = self.clip.encode_image(pixels.to(weight.device, weight.dtype))
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        weight: Tensor = next(self.clip.parameters())
+        return weight.device
+
+    @property
+    def encoder_fingerprint(self) -> str:
+        """The model's: its encoder's one token is its vector."""
+        return self.fingerprint
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the vectors of pixels (N, 3, S, S): (N, 1, E), each of length 1."""
+        dtype = next(self.clip.parameters()).dtype
+        features: Tensor = self.clip.encode_image(pixels.to(self.device, dtype))
         return F.normalize(features.float(), dim=-1)[:, None]
+
+    def features_from_encoder(self, tokens: Tensor) -> Tensor:
+        """Return (N, 1, E), float32, each of length 1 again."""
+        return F.normalize(tokens.to(self.device).float(), dim=-1)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[ImageLike], batch_size: int = 32) -> Float32:
@@ -95,7 +111,7 @@ class DualEncoder(nn.Module):
         found = [np.empty((0, 1, self.embedding_size), np.float32)]
         for start in range(0, len(images), batch_size):
             pixels = [self.image_transform(image) for image in images[start : start + batch_size]]
-            found.append(self.features_from_pixels(torch.stack(pixels)).cpu().numpy())
+            found.append(self.encode_pixels(torch.stack(pixels)).cpu().numpy())
         return np.concatenate(found)
 
     @torch.inference_mode()
@@ -104,10 +120,9 @@ class DualEncoder(nn.Module):
 
         Captions go to open_clip's tokenizer as they are: no prompt is put in front.
         """
-        device = next(self.clip.parameters()).device
         found = []
         for start in range(0, len(texts), batch_size):
-            tokens = self._tokenizer(list(texts[start : start + batch_size])).to(device)
+            tokens = self._tokenizer(list(texts[start : start + batch_size])).to(self.device)
             features = self.clip.encode_text(tokens)
             found.append(F.normalize(features.float(), dim=-1).cpu().numpy())
         return np.concatenate(found) if found else np.empty((0, self.embedding_size), np.float32)

@@ -2,6 +2,9 @@
 
 BLIP-2's retrieval model gives 32 vectors an image, a dual encoder such as CLIP gives one; whoever
 takes an `Embedder` asks it how many. Only a `RetrievalModel` can rerank.
+
+Images go through in two steps, the encoder, whose tokens can be kept (`feature_cache.py`), and what
+makes vectors of the tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +26,10 @@ Float32 = npt.NDArray[np.float32]
 
 class PixelTransform(Protocol):
     """From an image to what a model's encoder takes."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, S and S."""
 
     def __call__(self, image: ImageLike) -> Tensor:
         """Return pixels (3, S, S), float32.
@@ -42,8 +50,16 @@ class Embedder(Protocol):
         """What to load again, such as "mini"."""
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits that tell this model's vectors from another's."""
+
+    @property
+    def encoder_fingerprint(self) -> str:
+        """16 hex digits that tell this encoder's tokens from another's."""
 
     @property
     def num_vectors(self) -> int:
@@ -61,8 +77,11 @@ class Embedder(Protocol):
     def image_transform(self) -> PixelTransform:
         """From images to pixels."""
 
-    def features_from_pixels(self, pixels: Tensor) -> Tensor:
-        """Return the vectors of pixels (N, 3, S, S): (N, Q, E), float32, on the model's device."""
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the encoder's tokens of pixels (N, 3, S, S): (N, P, D), on the model's device."""
+
+    def features_from_encoder(self, tokens: Tensor) -> Tensor:
+        """Return the vectors of the encoder's tokens (N, P, D): (N, Q, E), float32."""
 
     def encode_images(self, images: Sequence[ImageLike], batch_size: int = ...) -> Float32:
         """Return the vectors of images: (N, Q, E).

@@ -6,6 +6,7 @@ The root of the tree is `indexes.errors.Blip2SearchError`:
     ├── ImageReadError       a file that is no readable image
     ├── CheckpointError      a checkpoint that is missing, incomplete or of another shape
     ├── DeviceMemoryError    a batch that does not fit into the GPU's memory
+    ├── TokenOverflowError   image tokens that float16 cannot hold
     ├── DatasetError         a caption file that cannot be used
     │   └── EmptySplitError  ... because it has nothing in the splits that were asked for
     ├── RecipeError          a recipe that says nothing, too much, or what cannot be trained
@@ -32,6 +33,10 @@ class CheckpointError(Blip2SearchError):
 
 class DeviceMemoryError(Blip2SearchError):
     """A batch does not fit into the GPU's memory."""
+
+
+class TokenOverflowError(Blip2SearchError):
+    """The encoder's tokens cannot be kept in float16."""
 
 
 class DatasetError(Blip2SearchError):

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from .augment import crop_to_pixels
-from .errors import ImageReadError, TrainingError
-from .model import Precision, RetrievalModel, autocast
+from .embedder import Embedder, PixelTransform
+from .errors import ImageReadError, TokenOverflowError
+from .model import Precision, autocast
 from .preprocess import load_image
 from .recipe import DataConfig
 
@@ -39,10 +40,16 @@ class TokenCache:
     rows: list[int]  # of the paths that were asked for: those that could be read
     tokens: list[npt.NDArray[np.float16]]  # one (V, P, D) a row, memory-mapped and read-only
     skipped: list[str]  # a reason for each of the others, which names the file
+    computed: int = 0  # how many of the paths were not in the cache before
+
+    @property
+    def images(self) -> list[npt.NDArray[np.float16]]:
+        """The tokens (P, D) of each row's first view, the image itself."""
+        return [views[0] for views in self.tokens]
 
 
 def encoder_tokens(
-    model: RetrievalModel,
+    model: Embedder,
     paths: Sequence[Path],
     directory: Path,
     data: DataConfig,
@@ -66,15 +73,15 @@ def encoder_tokens(
         on_progress: called after every batch that is encoded.
 
     Raises:
-        TrainingError: the tokens overflow float16.
+        TokenOverflowError: the tokens overflow float16.
     """
     settings = f"{views} {precision}"
     if views > 1:
         settings += f" {seed} {data.augment} {data.crop_scale} {data.flip}"
     folder = directory / _cache_key(model, paths, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    draw = _Views(model, data, views, seed)
-    cache = TokenCache([], [], [])
+    draw = _Views(model.image_transform, data, views, seed)
+    cache, computed = TokenCache([], [], []), 0
     for chunk in _batches(len(paths), IMAGES_A_FILE):
         file = folder / f"{chunk.start:08d}.arrow"
         if not file.exists():
@@ -83,18 +90,27 @@ def encoder_tokens(
                 with torch.inference_mode(), autocast(model.device, precision):
                     _fill(model, paths, chunk, partial, draw, on_progress)
                 os.replace(partial, file)
+                computed += len(chunk)
             finally:
                 partial.unlink(missing_ok=True)
         _read(file, chunk.start, cache)
-    return cache
+    return replace(cache, computed=computed)
 
 
-def _cache_key(model: RetrievalModel, paths: Sequence[Path], settings: str) -> str:
-    digest = hashlib.blake2b(f"{settings} {model.config.preprocess}".encode(), digest_size=12)
-    digest.update(repr(model.config.encoder).encode())
-    for name, tensor in sorted(model.image_encoder.state_dict().items()):
-        # In half precision, so that a checkpoint stored in it finds the same cache.
-        digest.update(name.encode() + tensor.flatten()[:64].half().cpu().numpy().tobytes())
+@torch.inference_mode()
+def cached_features(
+    model: Embedder, tokens: Sequence[npt.NDArray[np.float16]], batch_size: int = 64
+) -> npt.NDArray[np.float32]:
+    """Return the vectors (N, Q, E), float32, of N images' tokens, each (P, D)."""
+    parts = []
+    for start in range(0, len(tokens), batch_size):
+        batch = torch.from_numpy(np.stack(tokens[start : start + batch_size]))
+        parts.append(model.features_from_encoder(batch).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _cache_key(model: Embedder, paths: Sequence[Path], settings: str) -> str:
+    digest = hashlib.blake2b(f"{settings} {model.encoder_fingerprint}".encode(), digest_size=12)
     for path in paths:
         size = path.stat().st_size if path.exists() else -1
         digest.update(f"{path}\0{size}\0".encode())
@@ -105,7 +121,7 @@ def _cache_key(model: RetrievalModel, paths: Sequence[Path], settings: str) -> s
 class _Views:
     """Decodes an image and draws its views."""
 
-    model: RetrievalModel
+    transform: PixelTransform
     data: DataConfig
     views: int
     seed: int
@@ -116,16 +132,16 @@ class _Views:
             image = load_image(path)
         except ImageReadError as error:
             return error
-        transform = self.model.image_transform
         generator = np.random.default_rng((self.seed, row))
         crops = [
-            crop_to_pixels(image, transform, self.data, generator) for _ in range(self.views - 1)
+            crop_to_pixels(image, self.transform, self.data, generator)
+            for _ in range(self.views - 1)
         ]
-        return torch.stack([transform.to_pixels(image), *crops])
+        return torch.stack([self.transform.to_pixels(image), *crops])
 
 
 def _fill(
-    model: RetrievalModel,
+    model: Embedder,
     paths: Sequence[Path],
     chunk: range,
     file: Path,
@@ -134,7 +150,7 @@ def _fill(
 ) -> None:
     import pyarrow as pa
 
-    side = model.config.preprocess.image_size
+    side = model.preprocessing["image_size"]
     patches, channels = _encode(model, torch.zeros(1, 3, side, side)).shape[1:]
     size = views.views * patches * channels
     row_type = pa.list_(pa.float16(), size)
@@ -181,12 +197,12 @@ def _read(file: Path, first: int, cache: TokenCache) -> None:
             first += batch.num_rows
 
 
-def _encode(model: RetrievalModel, pixels: Tensor) -> npt.NDArray[np.float16]:
-    tokens: Tensor = model.image_encoder(pixels.to(model.device, model.dtype)).to(
-        "cpu", torch.float16
-    )
+def _encode(model: Embedder, pixels: Tensor) -> npt.NDArray[np.float16]:
+    tokens = model.encode_pixels(pixels).to("cpu", torch.float16)
     if not tokens.isfinite().all():
-        raise TrainingError("the encoder's tokens do not fit into float16: --set data.views=0")
+        raise TokenOverflowError(
+            "the encoder's tokens do not fit into float16 (training does without: data.views=0)"
+        )
     array: npt.NDArray[np.float16] = tokens.numpy()
     return array
 

@@ -258,7 +258,7 @@ class Indexer:
     def _encode(self, model: Embedder, batch: Sequence[_Decoded]) -> None:
         pixels = torch.stack([item.pixels for item in batch])
         try:
-            features = model.features_from_pixels(pixels)
+            features = model.features_from_encoder(model.encode_pixels(pixels))
         except torch.cuda.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 f"{len(batch)} images do not fit into the GPU's memory: try a smaller --batch-size, "

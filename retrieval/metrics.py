@@ -6,7 +6,7 @@ when the caption's image is. Percent. Ranks are 0-based.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -51,31 +51,33 @@ def recall_table(scores: Scores, text_to_image: Ranks, ks: Sequence[int] = KS) -
     return {f"tr@{k}": recall(tr, k) for k in ks} | {f"ir@{k}": recall(ir, k) for k in ks}
 
 
-def rank_statistics(tr: Ranks, ir: Ranks) -> dict[str, float]:
+def rank_statistics(ranks: Mapping[str, Ranks]) -> dict[str, float]:
     """Return everything that a table of results shows.
 
     Args:
-        tr: (N,), of `text_ranks`.
-        ir: (B,), of `image_ranks`.
+        ranks: by direction, "tr" (N,) and "ir" (B,), or one of them.
 
     Returns:
-        recall "tr@1" ... "ir@10" and their means "tr_mean", "ir_mean", "mean", percent; the median
-        rank "tr_median_rank", "ir_median_rank", counted from 1; and the mean reciprocal rank
-        "tr_mrr", "ir_mrr", in [0, 1].
+        recall "tr@1" ... "ir@10" and their means "tr_mean", "ir_mean" and "mean" (of both), percent;
+        the median rank "tr_median_rank", "ir_median_rank", counted from 1; and the mean reciprocal
+        rank "tr_mrr", "ir_mrr", in [0, 1].
     """
-    table = {
-        f"{name}@{k}": recall(ranks, k) for name, ranks in (("tr", tr), ("ir", ir)) for k in KS
-    }
-    for name, ranks in (("tr", tr), ("ir", ir)):
+    table = {f"{name}@{k}": recall(found, k) for name, found in ranks.items() for k in KS}
+    for name, found in ranks.items():
         table[f"{name}_mean"] = float(np.mean([table[f"{name}@{k}"] for k in KS]))
-        table[f"{name}_median_rank"] = float(np.median(ranks)) + 1
-        table[f"{name}_mrr"] = float(np.mean(1 / (ranks + 1)))
-    table["mean"] = (table["tr_mean"] + table["ir_mean"]) / 2
+        table[f"{name}_median_rank"] = float(np.median(found)) + 1
+        table[f"{name}_mrr"] = float(np.mean(1 / (found + 1)))
+    if len(ranks) == 2:
+        table["mean"] = (table["tr_mean"] + table["ir_mean"]) / 2
     return table
 
 
 def bootstrap_intervals(
-    tr: Ranks, ir: Ranks, text_to_image: Ranks, *, resamples: int = RESAMPLES, seed: int = 0
+    ranks: Mapping[str, Ranks],
+    text_to_image: Ranks,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Interval]:
     """Return the 95 % interval of every recall, by the percentile bootstrap.
 
@@ -83,24 +85,23 @@ def bootstrap_intervals(
     independent, and drawing them singly would make the interval of IR too narrow. The gallery stays.
 
     Args:
-        tr: (N,), of `text_ranks`.
-        ir: (B,), of `image_ranks`.
+        ranks: by direction, "tr" (N,) and "ir" (B,), or one of them.
         text_to_image: (B,), the image of each text.
         resamples: how often to draw.
         seed: of the draws.
     """
-    images = len(tr)
+    images = int(text_to_image.max()) + 1
     generator = np.random.default_rng(seed)
     weights = generator.multinomial(images, np.full(images, 1 / images), size=resamples)
     captions = np.bincount(text_to_image, minlength=images)
     intervals = {}
-    for k in KS:
-        text_hits = np.bincount(text_to_image, weights=ir < k, minlength=images)
-        shares = {
-            "tr": weights @ (tr < k) / images,
-            "ir": weights @ text_hits / (weights @ captions),
-        }
-        for name, share in shares.items():
-            low, high = np.percentile(100 * share, [2.5, 97.5])
+    for name, found in ranks.items():
+        for k in KS:
+            if name == "tr":
+                shares = weights @ (found < k) / images
+            else:
+                hits = np.bincount(text_to_image, weights=found < k, minlength=images)
+                shares = weights @ hits / (weights @ captions)
+            low, high = np.percentile(100 * shares, [2.5, 97.5])
             intervals[f"{name}@{k}"] = (float(low), float(high))
     return intervals

@@ -76,6 +76,14 @@ class RetrievalModel(nn.Module):
         return self.config.name
 
     @property
+    def encoder_fingerprint(self) -> str:
+        """16 hex digits of the image encoder and of how pixels come to it."""
+        description = repr((self.config.encoder, self.config.preprocess))
+        # In half precision, so that a checkpoint stored in it has the same.
+        halves = {name: x.half() for name, x in self.image_encoder.state_dict().items()}
+        return fingerprint(description, halves)
+
+    @property
     def num_vectors(self) -> int:
         """Q, vectors an image: one of each query token."""
         return self.config.qformer.num_queries
@@ -188,13 +196,19 @@ class RetrievalModel(nn.Module):
 
     # ---- for the losses: tensors in, tensors out ----------------------------------------------
 
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the encoder's tokens of pixels (N, 3, S, S): (N, P, D), before `ln_vision`."""
+        tokens: Tensor = self.image_encoder(pixels.to(self.device, self.dtype))
+        return tokens
+
+    def features_from_encoder(self, tokens: Tensor) -> Tensor:
+        """Return the ITC features (N, Q, E) of the encoder's tokens (N, P, D)."""
+        tokens = self.normalise_tokens(tokens.to(self.device, self.dtype))
+        return self.query_pass(tokens).image_features
+
     def tokens_from_pixels(self, pixels: Tensor) -> Tensor:
         """Encode pixels (N, 3, S, S) to image tokens (N, P, D)."""
-        return self.normalise_tokens(self.image_encoder(pixels.to(self.device, self.dtype)))
-
-    def features_from_pixels(self, pixels: Tensor) -> Tensor:
-        """Encode pixels (N, 3, S, S) to ITC features (N, Q, E), float32, each of length 1."""
-        return self.query_pass(self.tokens_from_pixels(pixels)).image_features
+        return self.normalise_tokens(self.encode_pixels(pixels))
 
     def normalise_tokens(self, encoder_tokens: Tensor) -> Tensor:
         """Apply `ln_vision`, and positions where the encoder has none, to (N, P, D)."""
@@ -252,13 +266,6 @@ def max_over_queries(image_features: Tensor, text_features: Tensor) -> Tensor:
     """
     with torch.autocast(image_features.device.type, enabled=False):
         return torch.einsum("nqe,be->nbq", image_features, text_features).amax(dim=-1)
-
-
-@torch.inference_mode()
-def image_features(model: RetrievalModel, image_tokens: Tensor, batch_size: int = 64) -> Tensor:
-    """Return ITC features (N, Q, E) of image tokens (N, P, D), a batch at a time."""
-    parts = torch.split(image_tokens, batch_size)
-    return torch.cat([model.query_pass(part).image_features for part in parts])
 
 
 @torch.inference_mode()

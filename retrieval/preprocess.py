@@ -122,6 +122,11 @@ class TextBatch:
         """Return some of the captions; `rows` (B',) are their numbers."""
         return TextBatch(self.token_ids[rows], self.mask[rows])
 
+    def trimmed(self) -> TextBatch:
+        """Return the batch without the padding that all of its captions have."""
+        longest = int(self.mask.sum(dim=1).max())
+        return TextBatch(self.token_ids[:, :longest], self.mask[:, :longest])
+
     def padded(self, length: int) -> TextBatch:
         """Return the batch padded further, to so many tokens."""
         more = (0, length - self.token_ids.shape[1])

@@ -57,7 +57,7 @@ class Validator:
     def _encoder_tokens(self, model: RetrievalModel, start: int) -> Tensor:
         stop = start + IMAGES_A_BATCH
         if self._cache is not None:
-            views = np.stack([tokens[0] for tokens in self._cache.tokens[start:stop]])
+            views = np.stack([views[0] for views in self._cache.tokens[start:stop]])
             return torch.from_numpy(views).to(model.device, model.dtype)
         pixels = torch.stack(
             [model.image_transform(image.path) for image in self._data[start:stop]]

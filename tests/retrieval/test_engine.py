@@ -256,6 +256,6 @@ def test_too_little_gpu_memory_is_one_sentence(photos, tmp_path, tiny_model, mon
     def overflow(self, pixels):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(type(tiny_model), "tokens_from_pixels", overflow)
+    monkeypatch.setattr(type(tiny_model), "encode_pixels", overflow)
     with pytest.raises(DeviceMemoryError, match="--batch-size"):
         SearchEngine(tmp_path / "index", tiny_model).add([photos])

@@ -48,7 +48,7 @@ def test_ties_count_against_us():
 
 
 def test_statistics_of_literal_ranks():
-    table = rank_statistics(np.array([0, 1, 5, 20]), np.array([0, 0, 9, 3]))
+    table = rank_statistics({"tr": np.array([0, 1, 5, 20]), "ir": np.array([0, 0, 9, 3])})
     assert (table["tr@1"], table["tr@5"], table["tr@10"]) == (25, 50, 75)
     assert (table["ir@1"], table["ir@5"], table["ir@10"]) == (50, 75, 100)
     assert (table["tr_mean"], table["ir_mean"], table["mean"]) == (50, 75, 62.5)
@@ -60,7 +60,7 @@ def test_statistics_of_literal_ranks():
 def test_intervals_equal_a_plain_loop(rng):
     owner = np.repeat(np.arange(30), rng.integers(1, 8, size=30))
     tr, ir = rng.integers(0, 12, size=30), rng.integers(0, 12, size=len(owner))
-    intervals = bootstrap_intervals(tr, ir, owner, resamples=200, seed=3)
+    intervals = bootstrap_intervals({"tr": tr, "ir": ir}, owner, resamples=200, seed=3)
     drawn = np.random.default_rng(3).multinomial(30, np.full(30, 1 / 30), size=200)
     for k in (1, 5, 10):
         tr_shares, ir_shares = [], []
@@ -75,5 +75,5 @@ def test_intervals_equal_a_plain_loop(rng):
 
 def test_an_interval_has_the_width_of_a_binomial(rng):
     ranks = (rng.random(2000) > 0.3).astype(np.int64)
-    low, high = bootstrap_intervals(ranks, ranks, np.arange(2000))["tr@1"]
+    low, high = bootstrap_intervals({"tr": ranks}, np.arange(2000))["tr@1"]
     assert high - low == pytest.approx(2 * 1.96 * 100 * np.sqrt(0.3 * 0.7 / 2000), rel=0.15)

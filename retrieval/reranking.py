@@ -1,0 +1,183 @@
+"""BLIP-2's two steps of retrieval: the best candidates by ITC, put in order by ITM + ITC.
+
+Both directions, image -> text ("tr") and text -> image ("ir"), go the same way: `rank_by_itc` takes
+the candidates, `pairs_to_match` collects what ITM has to score, `match_pairs` scores it, and
+`Ranking.reranked` tells where the right answers stand then. (Section 4.4; LAVIS's compute_sim_matrix.)
+
+N images, B texts, R queries of a direction, K candidates of each, P image tokens, D their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .metrics import image_ranks, text_ranks
+from .model import MATCH, RetrievalModel
+
+Float16 = npt.NDArray[np.float16]
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+Direction = Literal["tr", "ir"]
+OnProgress = Callable[[int, int], None]  # (done, to do)
+
+DIRECTIONS: tuple[Direction, ...] = ("tr", "ir")
+MEMORY = 2 << 30  # bytes of image tokens that are held at once
+_ROWS = 512  # queries sorted at once
+_PAIRS, _PAIRS_ON_GPU = 64, 512  # pairs a pass
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The candidates of every query of one direction, and where the right answers stand by ITC."""
+
+    candidates: Int64  # (R, K), texts of an image or images of a text, best first
+    itc: Float32  # (R, K), descending
+    correct: npt.NDArray[np.bool_]  # (R, K)
+    itc_ranks: Int64  # (R,), 0-based rank of the best right answer among all
+
+    def reranked(self, itm: Float32, k: int) -> Int64:
+        """Return the ranks (R,) when the first k candidates are ordered by ITM + ITC.
+
+        What is not among the first k stays behind them, in the order of ITC. Ties count against us.
+
+        Args:
+            itm: (R, K), ITM logits of the candidates; raw, no softmax.
+            k: 0 is ITC alone, and more than K is K.
+        """
+        if k == 0:
+            return self.itc_ranks
+        scores, correct = (self.itc + itm)[:, :k], self.correct[:, :k]
+        best = np.where(correct, scores, -np.inf).max(axis=1)
+        ranks = ((scores >= best[:, None]) & ~correct).sum(axis=1)
+        return np.where(correct.any(axis=1), ranks, self.itc_ranks)
+
+
+def rank_by_itc(
+    itc: Float32, owner: Int64, k: int, directions: Sequence[Direction] = DIRECTIONS
+) -> dict[Direction, Ranking]:
+    """Return the best k of every query by ITC; of equals, the lower number first.
+
+    Args:
+        itc: (N, B), similarities, not divided by the temperature.
+        owner: (B,), the image of each text; every image has at least one.
+        k: candidates a query; more than there are gives all.
+        directions: those wanted.
+    """
+    found = {}
+    for direction in directions:
+        scores = itc if direction == "tr" else itc.T
+        candidates = _best(scores, k)
+        if direction == "tr":
+            correct = owner[candidates] == np.arange(len(itc))[:, None]
+            ranks = text_ranks(itc, owner)
+        else:
+            correct, ranks = candidates == owner[:, None], image_ranks(itc, owner)
+        found[direction] = Ranking(
+            candidates, np.take_along_axis(scores, candidates, axis=1), correct, ranks
+        )
+    return found
+
+
+def _best(scores: Float32, k: int) -> Int64:
+    """Return the numbers (R, K) of the k greatest of each row (R, C), descending."""
+    parts = [
+        np.argsort(-scores[start : start + _ROWS], axis=1, kind="stable")[:, :k]
+        for start in range(0, len(scores), _ROWS)
+    ]
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Image and text of every pair that ITM has to score, each pair once, sorted by image."""
+
+    images: Int64  # (M,)
+    texts: Int64  # (M,)
+    positions: dict[Direction, Int64]  # (R, K): the pair of each query and candidate
+
+    def __len__(self) -> int:
+        """M."""
+        return len(self.images)
+
+
+def pairs_to_match(rankings: Mapping[Direction, Ranking], num_texts: int) -> Pairs:
+    """Return the pairs of all candidates; what both directions ask for is there once."""
+    ids = []
+    for direction, ranking in rankings.items():
+        queries = np.arange(len(ranking.candidates))[:, None]
+        image_to_text = direction == "tr"
+        images, texts = (
+            (queries, ranking.candidates) if image_to_text else (ranking.candidates, queries)
+        )
+        ids.append(images * num_texts + texts)
+    unique, inverse = np.unique(np.concatenate([x.ravel() for x in ids]), return_inverse=True)
+    parts = np.split(inverse.ravel(), np.cumsum([x.size for x in ids])[:-1])
+    positions = {
+        direction: part.reshape(x.shape)
+        for direction, part, x in zip(rankings, parts, ids, strict=True)
+    }
+    return Pairs(unique // num_texts, unique % num_texts, positions)
+
+
+@torch.inference_mode()
+def match_pairs(
+    model: RetrievalModel,
+    encoder_tokens: Sequence[Float16],
+    captions: Sequence[str],
+    pairs: Pairs,
+    *,
+    memory: int = MEMORY,
+    on_progress: OnProgress | None = None,
+) -> Float32:
+    """Return the ITM logit "these match" of every pair (M,), raw, no softmax.
+
+    The images pass by once, as many at a time as fit into memory; of theirs, pairs with captions of
+    like length go together, to waste no padding.
+
+    Args:
+        model: the model.
+        encoder_tokens: N of (P, D), before `ln_vision`; may lie on disk.
+        captions: B.
+        pairs: what to score.
+        memory: bytes of image tokens that are held at once; one image's are held in any case.
+        on_progress: called with (pairs scored, pairs to score).
+    """
+    text = model.text_transform(captions)
+    lengths = text.mask.sum(dim=1).numpy()
+    scores = np.empty(len(pairs), np.float32)
+    done = 0
+    for images, rows in _image_blocks(encoder_tokens, pairs, memory, model.dtype.itemsize):
+        block = torch.from_numpy(np.stack([encoder_tokens[image] for image in images]))
+        tokens = model.normalise_tokens(block.to(model.device, model.dtype))
+        rows = rows[np.argsort(lengths[pairs.texts[rows]], kind="stable")]
+        size = _PAIRS if model.device.type == "cpu" else _PAIRS_ON_GPU
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            places = torch.from_numpy(np.searchsorted(images, pairs.images[batch]))
+            texts = text.select(torch.from_numpy(pairs.texts[batch])).trimmed().to(model.device)
+            logits = model.match_logits(tokens[places.to(model.device)], texts)
+            scores[batch] = logits[:, MATCH].float().cpu().numpy()
+            done += len(batch)
+            if on_progress is not None:
+                on_progress(done, len(pairs))
+    return scores
+
+
+def _image_blocks(
+    encoder_tokens: Sequence[Float16], pairs: Pairs, memory: int, bytes_a_number: int
+) -> Iterator[tuple[Int64, Int64]]:
+    """Give the images that fit into memory together, ascending, and the rows of their pairs."""
+    images = np.unique(pairs.images)
+    if not len(images):
+        return
+    count = max(1, memory // (encoder_tokens[0].size * bytes_a_number))
+    for start in range(0, len(images), count):
+        block = images[start : start + count]
+        first, last = np.searchsorted(pairs.images, [block[0], block[-1] + 1])
+        yield block, np.arange(first, last)
