@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo dev lint format types test bench clean
+.PHONY: install demo dev lint format types test bench bench-flickr30k bench-coco clean
 
 install: $(VENV)/installed
 
@@ -36,11 +36,19 @@ types: dev
 test: dev
 	$(BIN)/pytest
 
-# make bench DATA=dataset_flickr8k.json IMAGES=DIR [SPLIT=val RERANK=128]
-SPLIT ?= test
-RERANK ?= 128
+# The paper's tables, BLIP-2 beside CLIP; a GPU is advised. The datasets lie in DATA.
+DATA ?= data
+MODELS ?= --model blip2-itm-vit-g-coco --model blip2-itm-vit-g --model open_clip:ViT-L-14/openai
+RECALL = $(BIN)/python -m blip2_search.benchmarks.recall --root $(DATA)
+bench-flickr30k: dev
+	$(RECALL) --dataset flickr30k $(MODELS)
+bench-coco: dev
+	$(RECALL) --dataset coco $(MODELS)
+
+# The tables of `mini` in README.md.
 bench: dev
-	$(BIN)/python -m blip2_search.benchmarks.recall --data $(DATA) --images $(IMAGES) --split $(SPLIT) --rerank $(RERANK)
+	$(RECALL) --dataset flickr8k --split val --rerank 32
+	$(BIN)/python -m blip2_search.benchmarks.tables
 
 clean:
 	rm -rf $(VENV) .types build *.egg-info

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blip2_search.indexes.errors import Blip2SearchError
     from blip2_search.retrieval.checkpoints import save_model
+    from blip2_search.retrieval.data import read_split
     from blip2_search.retrieval.engine import Hit, IndexReport, SearchEngine
-    from blip2_search.retrieval.loading import load_model
+    from blip2_search.retrieval.evaluation import evaluate
+    from blip2_search.retrieval.loading import load_embedder, load_model
     from blip2_search.retrieval.model import RetrievalModel
+    from blip2_search.retrieval.report import RetrievalReport
 
 __version__ = "0.1.0"
 
@@ -22,8 +25,12 @@ _HOMES = {
     "Hit": "retrieval.engine",
     "IndexReport": "retrieval.engine",
     "RetrievalModel": "retrieval.model",
+    "RetrievalReport": "retrieval.report",
     "SearchEngine": "retrieval.engine",
+    "evaluate": "retrieval.evaluation",
+    "load_embedder": "retrieval.loading",
     "load_model": "retrieval.loading",
+    "read_split": "retrieval.data",
     "save_model": "retrieval.checkpoints",
 }
 
@@ -32,9 +39,13 @@ __all__ = [
     "Hit",
     "IndexReport",
     "RetrievalModel",
+    "RetrievalReport",
     "SearchEngine",
     "__version__",
+    "evaluate",
+    "load_embedder",
     "load_model",
+    "read_split",
     "save_model",
 ]
 
