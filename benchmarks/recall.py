@@ -10,15 +10,17 @@ fingerprint and the day; `tables.py` makes the README's tables of them. The prot
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
 from pathlib import Path
 
 from ..cli import render, report
-from ..cli.evaluate import ROOT_VARIABLE, write_result
+from ..cli.evaluate import ROOT_VARIABLE, say_skipped, write_result
 from ..cli.options import default_cache
 from ..cli.progress import Stages
+from ..indexes.errors import Blip2SearchError
 from ..retrieval.data import read_split
 from ..retrieval.datasets import BENCHMARKS
 from ..retrieval.evaluation import evaluate
@@ -41,23 +43,20 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dataset", choices=sorted(BENCHMARKS), required=True)
-    parser.add_argument(
-        "--root", type=Path, default=Path("data"), help=f"as ${ROOT_VARIABLE} of `evaluate`"
-    )
+    parser.add_argument("--root", type=Path, default=Path(os.environ.get(ROOT_VARIABLE, "data")))
     parser.add_argument("--split", default="test")
     parser.add_argument("--model", action="append", help=f"several may be given [{DEFAULT_MODEL}]")
     parser.add_argument("--rerank", type=int, default=128)
-    parser.add_argument("--limit", type=int, help="the first so many images only")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
     args = parser.parse_args()
 
     file, folder = BENCHMARKS[args.dataset].find(args.root)
-    photos = read_split(file, folder, args.split)[: args.limit]
+    photos = read_split(file, folder, args.split)
     results = []
     for name in args.model or [DEFAULT_MODEL]:
-        model = load_embedder(name, device=args.device)
+        model = load_embedder(name, device=args.device, dtype="float32")
         with Stages() as stages:
             result = evaluate(
                 model,
@@ -68,6 +67,7 @@ def main() -> None:
                 prepare=stages.prepare,
             )
         results.append(result)
+        say_skipped(result.skipped)
         described = {"dataset": args.dataset, "split": args.split, **result.to_dict()}
         command = ["python", "-m", "blip2_search.benchmarks.recall", *sys.argv[1:]]
         write_result(
@@ -80,4 +80,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Blip2SearchError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -36,12 +36,17 @@ def recall_table(result: dict[str, Any]) -> str:
 
 def sweep_table(result: dict[str, Any]) -> str:
     """Return recall and time against the depth of rerank, as a table in Markdown."""
-    columns = ["candidates reranked", *(name.upper() for name in RECALLS), "ms a text query"]
+    columns = [
+        "candidates reranked",
+        *(name.upper() for name in RECALLS),
+        "ITM, ms a query",
+        "with encoding",
+    ]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for depth, found in result["sweep"].items():
         values = [f"{found['table'][recall]:.1f}" for recall in RECALLS]
-        time = f"{1000 * found['seconds_per_query']:,.0f}"
-        lines.append(f"| {depth} | {' | '.join(values)} | {time} |")
+        values += [f"{1000 * found[time]:,.0f}" for time in ("itm_seconds", "seconds")]
+        lines.append(f"| {depth} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 ROOT_VARIABLE = "BLIP2_SEARCH_DATA"
 SHOWN_SKIPPED = 5
+RECALL_OPTIONS = (
+    "dataset", "split", "limit", "rerank", "sweep_rerank", "plot", "through_index", "dense",
+    "directions", "precision",
+)  # fmt: skip
 
 
 class Dataset(str, Enum):
@@ -43,15 +47,17 @@ class Directions(str, Enum):
     ir = "ir"
 
 
-class RerankPrecision(str, Enum):
+class Arithmetic(str, Enum):
     """What `--precision` takes."""
 
+    auto = "auto"
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
 
 
 def evaluate(
+    context: typer.Context,
     *,
     dataset: Annotated[
         Dataset | None,
@@ -133,7 +139,8 @@ def evaluate(
         typer.Option(
             "--judgements",
             metavar="FILE",
-            help="Agreement with people's ratings of captions (Kendall's tau), in place of recall.",
+            help="Agreement with people's ratings of captions (Kendall's tau), in place of recall. For "
+            "Flickr8k's own files --data is Flickr8k.token.txt.  [default: next to FILE]",
         ),
     ] = None,
     directions: Annotated[
@@ -157,8 +164,13 @@ def evaluate(
         ),
     ] = None,
     precision: Annotated[
-        RerankPrecision, typer.Option("--precision", help="Arithmetic of the rerank.")
-    ] = RerankPrecision.fp32,
+        Arithmetic,
+        typer.Option(
+            "--precision",
+            help="Of the encoder and of ITM; ITC is computed in fp32. auto is fp16 on a GPU, fp32 "
+            "elsewhere.",
+        ),
+    ] = Arithmetic.auto,
     device: options.DeviceOption = "auto",
     verbose: options.VerboseOption = False,
 ) -> None:
@@ -190,13 +202,11 @@ def evaluate(
     depths = _depths(sweep_rerank)
     budget = _bytes(memory)
     if depths:
-        report.check_plotting()
+        report.check_plotting(plot)
+    if out is not None:
+        _check_folder(out)
     if judgements is not None:
-        if dataset is not None or through_index is not None or depths:
-            raise typer.BadParameter(
-                "it excludes --dataset, --through-index and --sweep-rerank",
-                param_hint="--judgements",
-            )
+        _refuse_recall_options(context)
         _judge(judgements, images, data, model, device, budget, cache, as_json, out)
         return
     photos, name = _read(dataset, root, data, images, split, limit)
@@ -207,18 +217,18 @@ def evaluate(
 
     with Stages() as stages:
         result = run(
-            load_embedder(model, device=device),
+            load_embedder(model, device=device, dtype="float32"),
             photos,
             rerank=rerank,
             sweep=depths,
             directions=[d for d in DIRECTIONS if directions.value in (d, "both")],
-            precision=precision.value,
+            precision=None if precision is Arithmetic.auto else precision.value,
             memory=budget,
             cache=cache or options.default_cache(),
             index=through_index,
             prepare=stages.prepare,
         )
-    _say_skipped(result.skipped)
+    say_skipped(result.skipped)
     described = {"dataset": name, "split": photos[0].split, **result.to_dict()}
     if as_json:
         _print_json(described)
@@ -245,6 +255,8 @@ def _read(
     from ..retrieval.datasets import BENCHMARKS
 
     if dataset is not None and data is None:
+        if images is not None:
+            raise typer.BadParameter("it goes with --data, not --dataset", param_hint="--images")
         file, folder = BENCHMARKS[dataset.value].find(root)
         return read_split(file, folder, split)[:limit], dataset.value
     if data is not None and dataset is None:
@@ -277,7 +289,7 @@ def _judge(
             cache=cache or options.default_cache(),
             prepare=stages.prepare,
         )
-    _say_skipped(result.skipped)
+    say_skipped(result.skipped)
     described = {"judgements": judgements.name, **asdict(result)}
     if as_json:
         _print_json(described)
@@ -285,6 +297,30 @@ def _judge(
         report.print_judgements(result, judgements.stem)
     if out is not None:
         write_result(described, out, shlex.join(["blip2-search", *sys.argv[1:]]))
+
+
+def _refuse_recall_options(context: typer.Context) -> None:
+    """Refuse what says nothing about judgements, rather than leave it out quietly."""
+    for parameter in context.command.params:
+        if parameter.name not in RECALL_OPTIONS:
+            continue
+        source = context.get_parameter_source(parameter.name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"it excludes {parameter.opts[0]}", param_hint="--judgements")
+
+
+def _check_folder(file: Path) -> None:
+    """Make the folder of a file that is written after hours of work.
+
+    Raises:
+        Blip2SearchError: nothing can be written there.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Blip2SearchError(f"cannot write {file}: {error.strerror}") from error
+    if not os.access(file.parent, os.W_OK):
+        raise Blip2SearchError(f"cannot write {file}: its folder is read-only")
 
 
 def _depths(text: str | None) -> list[int]:
@@ -315,7 +351,8 @@ def _bytes(text: str) -> int:
     return int(number * 1000 ** " KMGT".index(match[2] or " "))
 
 
-def _say_skipped(reasons: Sequence[str]) -> None:
+def say_skipped(reasons: Sequence[str]) -> None:
+    """Name the images that could not be read, the first of them at least."""
     for reason in reasons[:SHOWN_SKIPPED]:
         render.say(f"skipped {reason}")
     if reasons:

@@ -7,17 +7,14 @@ changes neither head's own ranking, only the weight of ITM in the sum.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from .data import CaptionedImage, captions_and_owners
-from .feature_cache import cached_features, encoder_tokens
+from .feature_cache import cached_features, plain_tokens
 from .metrics import recall
 from .model import Precision, RetrievalModel, autocast, itc_similarities
-from .recipe import DataConfig
 from .reranking import DIRECTIONS, Direction, match_pairs, pairs_to_match, rank_by_itc
 
 SCALES = (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -46,16 +43,14 @@ def calibrate_itm(
     Returns:
         the scale, and for each scale that lesser gain, in points of R@1.
     """
-    captions, owner = captions_and_owners(images)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [image.path for image in images]
-        tokens = encoder_tokens(model, paths, Path(folder), DataConfig(augment=False)).images
-        features = torch.from_numpy(cached_features(model, tokens)).to(model.device)
+    with plain_tokens(model, [image.path for image in images], None) as cache:
+        captions, owner = captions_and_owners([images[row] for row in cache.rows])
+        features = torch.from_numpy(cached_features(model, cache.images)).to(model.device)
         itc = itc_similarities(features, model.encode_texts(captions))
         rankings = rank_by_itc(itc, owner, rerank)
         pairs = pairs_to_match(rankings, len(captions))
         with autocast(model.device, precision):
-            itm = match_pairs(model, tokens, captions, pairs)
+            itm = match_pairs(model, cache.images, captions, pairs)
 
     def gain(direction: Direction, scale: float) -> float:
         ranking = rankings[direction]

@@ -7,6 +7,7 @@ JSON list of labelled photographs. Shards of webdataset are streamed instead: se
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from .errors import DatasetError, EmptySplitError
 
 PATH_COLUMNS = ("path", "image", "filepath", "filename", "file_name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
-RATING = "rating"  # what the names of columns of ratings begin with
+RATING = re.compile(r"ratings?(_?\d+)?")  # columns of ratings: rating, ratings, rating_1, ...
 TEXT = (*PATH_COLUMNS, *CAPTION_COLUMNS, "split")
 TEMPLATES = (  # of captions for a photograph that has a label only
     "{}",
@@ -115,24 +116,22 @@ def read_table(
     names, rows = read_columns(file)
     path = _column(file, names, PATH_COLUMNS)
     caption = _column(file, names, CAPTION_COLUMNS)
-    captions: dict[str, list[str]] = {}
-    split_of: dict[str, str] = {}
+    captions: dict[tuple[str, str], list[str]] = {}  # by path and split
     for row in rows:
         if not _wanted(row.get("split"), splits) or not row[path] or not row[caption]:
             continue
-        split_of[str(row[path])] = row.get("split") or ""
         cell = [row[caption]] if isinstance(row[caption], str) else row[caption]
         if not isinstance(cell, list) or not all(isinstance(one, str) for one in cell):
             raise DatasetError(f"{file}: {row[caption]!r} in the column {caption} is no caption")
-        captions.setdefault(str(row[path]), []).extend(cell)
+        captions.setdefault((str(row[path]), row.get("split") or ""), []).extend(cell)
     found = [
         CaptionedImage(
             path=images / name,
             captions=tuple(of),
             group=str(images / name),
-            split=split_of[name],
+            split=split,
         )
-        for name, of in captions.items()
+        for (name, split), of in captions.items()
     ]
     return _not_empty(found, file, splits)
 
@@ -160,7 +159,7 @@ def read_columns(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
         raise DatasetError(f"cannot read {file}: {error.strerror or error}") from error
     except pa.ArrowException as error:
         raise DatasetError(f"cannot read {file}: {error}") from error
-    wanted = [name for name in table.column_names if name in TEXT or name.startswith(RATING)]
+    wanted = [name for name in table.column_names if name in TEXT or RATING.fullmatch(name)]
     return table.column_names, table.select(wanted).to_pylist()
 
 

@@ -87,14 +87,19 @@ class DualEncoder(nn.Module):
         return weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type of number."""
+        weight: Tensor = next(self.clip.parameters())
+        return weight.dtype
+
+    @property
     def encoder_fingerprint(self) -> str:
         """The model's: its encoder's one token is its vector."""
         return self.fingerprint
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Return the vectors of pixels (N, 3, S, S): (N, 1, E), each of length 1."""
-        dtype = next(self.clip.parameters()).dtype
-        features: Tensor = self.clip.encode_image(pixels.to(self.device, dtype))
+        features: Tensor = self.clip.encode_image(pixels.to(self.device, self.dtype))
         return F.normalize(features.float(), dim=-1)[:, None]
 
     def features_from_encoder(self, tokens: Tensor) -> Tensor:
@@ -150,6 +155,7 @@ def _create(open_clip: Any, architecture: str, weights: str) -> Any:
         known = f"one of {', '.join(tags)}" if tags else "see open_clip.list_pretrained()"
         raise CheckpointError(f"name its weights, as {PREFIX}{architecture}/WEIGHTS: {known}")
     tag = {} if whole else open_clip.get_pretrained_cfg(architecture, weights) or {}
+    pixels = {} if whole or tag else _usual_pixels(open_clip, architecture)
     with warnings.catch_warnings():
         # Of the wrong activation open_clip only warns; the vectors would be quietly worse.
         warnings.filterwarnings("error", message="QuickGELU mismatch")
@@ -157,5 +163,20 @@ def _create(open_clip: Any, architecture: str, weights: str) -> Any:
             architecture,
             pretrained=weights or None,
             force_quick_gelu=bool(tag.get("quick_gelu")),
+            force_preprocess_cfg=pixels,
             require_pretrained=True,
         )
+
+
+def _usual_pixels(open_clip: Any, architecture: str) -> dict[str, Any]:
+    """Return what all published weights of a model want of pixels, for a file of weights.
+
+    A file says nothing about it, and CLIP's values, open_clip's default, would be wrong for SigLIP.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    known = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
+    wanted = [
+        {key: found[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in found}
+        for found in known
+    ]
+    return wanted[0] if wanted and all(one == wanted[0] for one in wanted) else {}

@@ -54,6 +54,10 @@ class Embedder(Protocol):
         """Where the weights are."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type of number."""
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits that tell this model's vectors from another's."""
 
@@ -94,15 +98,17 @@ class Embedder(Protocol):
         """Return the vectors of captions: (B, E)."""
 
 
-def fingerprint(description: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return 16 hex digits of a description and a sample of every tensor in full precision.
+def fingerprint(
+    description: str, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> str:
+    """Return 16 hex digits of a description and a sample of every tensor, rounded to a dtype.
 
-    It is the same on every device and in every dtype that a model is cast to afterwards.
+    It is the same on every device that a model is moved to afterwards.
     """
     digest = hashlib.blake2b(description.encode(), digest_size=8)
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().flatten()
         step = max(1, flat.numel() // 256)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
+        digest.update(flat[::step].to(dtype).float().cpu().numpy().tobytes())
     return digest.hexdigest()

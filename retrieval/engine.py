@@ -19,15 +19,14 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from ..indexes.base import search_any
+from ..indexes.base import SearchResult, search_any
 from ..indexes.errors import ModelMismatchError, StoreMissingError, VectorIndexError
 from ..indexes.flat import FaissIndex, faiss_build
 from ..indexes.store import SCHEMA_VERSION, ImageRecord, Manifest, Store
-from .dual_encoder import PREFIX
 from .embedder import Embedder
 from .errors import CheckpointError, ImageReadError
 from .indexer import Indexer, IndexReport, OnProgress, SkippedFile, check_roots, make_plan
-from .loading import DEFAULT_MODEL, NAMES, load_embedder
+from .loading import DEFAULT_MODEL, load_embedder
 from .model import RetrievalModel, with_itm_head
 
 __all__ = ["Hit", "IndexInfo", "IndexReport", "SearchEngine", "SkippedFile"]
@@ -126,7 +125,9 @@ class SearchEngine:
             ImageReadError: one of `paths` does not exist.
         """
         start = time.perf_counter()
-        check_roots(paths, self._known(rebuild))  # a mistyped path leaves no empty index behind
+        check_roots(
+            paths, [] if rebuild else self.paths()
+        )  # a mistyped path leaves no empty index behind
         store = self._open_or_create(rebuild)
         workers = workers or min(8, os.cpu_count() or 1)
         with store.writing():
@@ -148,12 +149,6 @@ class SearchEngine:
             interrupted=not finished,
         )
 
-    def _known(self, rebuild: bool) -> list[str]:
-        try:
-            return [] if rebuild else [record.path for record in Store.open(self.path).records]
-        except StoreMissingError:
-            return []
-
     def _open_or_create(self, rebuild: bool) -> Store:
         if not rebuild:
             try:
@@ -163,21 +158,13 @@ class SearchEngine:
         model = self._loaded(DEFAULT_MODEL)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            model_name=self._name_to_keep(model),
+            model_name=model.name,
             model_fingerprint=model.fingerprint,
             preprocessing=model.preprocessing,
             num_vectors=model.num_vectors,
             dim=model.embedding_size,
         )
         return Store.create(self.path, manifest, replace=rebuild)
-
-    def _name_to_keep(self, model: Embedder) -> str:
-        """Return a name that loads this model again from any working directory."""
-        if self._asked is None or self._asked in NAMES:
-            return self._asked or model.name
-        if self._asked.startswith(PREFIX):
-            return model.name
-        return os.path.abspath(self._asked) if os.path.exists(self._asked) else self._asked
 
     # ---- searching -----------------------------------------------------------------------------
 
@@ -218,30 +205,37 @@ class SearchEngine:
             return self._hits(images, scores, None, k)
         return self._rerank(with_itm_head(model), query, images, scores, k)
 
-    def search_many(self, texts: Sequence[str], k: int = 10) -> list[list[Hit]]:
-        """Find the images that fit each of many texts, by ITC alone.
+    def search_vectors(self, vectors: npt.NDArray[np.float32], k: int) -> SearchResult:
+        """Find the images nearest to the vectors of many texts, by ITC alone.
 
         Args:
-            texts: the queries; together they are faster than one after the other.
-            k: how many hits of each.
+            vectors: (B, E), of the model's `encode_texts`.
+            k: how many images of each.
+
+        Returns:
+            scores and image numbers (B, K); the number of an image is its place in `paths`.
 
         Raises:
             VectorIndexError: k is less than 1.
             StoreMissingError, ModelMismatchError: as `search`.
         """
-        index, model = self._ready()
-        found = index.search(model.encode_texts(texts), k)
-        rows = zip(found.images, found.scores, strict=True)
-        return [self._hits(images, scores, None, k) for images, scores in rows]
+        index, _ = self._ready()
+        return index.search(vectors, k)
 
-    def features(self) -> tuple[list[str], npt.NDArray[np.float16]]:
-        """Return the paths of all images, and their vectors as stored: (N, Q, E).
+    def paths(self) -> list[str]:
+        """Return the paths of all images in the index; [] where there is none."""
+        try:
+            return [record.path for record in Store.open(self.path).records]
+        except StoreMissingError:
+            return []
+
+    def features(self) -> npt.NDArray[np.float16]:
+        """Return the vectors of all images as stored: (N, Q, E), in the order of `paths`.
 
         Raises:
             StoreMissingError: there is no index.
         """
-        store = Store.open(self.path)
-        return [record.path for record in store.records], store.features()
+        return Store.open(self.path).features()
 
     @torch.inference_mode()
     def _rerank(

@@ -7,6 +7,7 @@ The root of the tree is `indexes.errors.Blip2SearchError`:
     ├── CheckpointError      a checkpoint that is missing, incomplete or of another shape
     ├── DeviceMemoryError    a batch that does not fit into the GPU's memory
     ├── TokenOverflowError   image tokens that float16 cannot hold
+    ├── ScoreError           scores that are no numbers
     ├── DatasetError         a caption file that cannot be used
     │   └── EmptySplitError  ... because it has nothing in the splits that were asked for
     ├── RecipeError          a recipe that says nothing, too much, or what cannot be trained
@@ -37,6 +38,10 @@ class DeviceMemoryError(Blip2SearchError):
 
 class TokenOverflowError(Blip2SearchError):
     """The encoder's tokens cannot be kept in float16."""
+
+
+class ScoreError(Blip2SearchError):
+    """A model's scores are no numbers, and cannot be ranked."""
 
 
 class DatasetError(Blip2SearchError):

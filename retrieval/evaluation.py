@@ -7,25 +7,22 @@ each direction, are scored by ITM logit + ITC (BLIP-2, section 4.4); `reranking.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from .data import CaptionedImage, captions_and_owners
 from .embedder import Embedder, Float32
 from .engine import SearchEngine
-from .errors import DatasetError
-from .feature_cache import TokenCache, cached_features, encoder_tokens
+from .errors import DatasetError, DeviceMemoryError
+from .feature_cache import cached_features, plain_tokens
 from .metrics import bootstrap_intervals, rank_statistics
 from .model import Precision, RetrievalModel, autocast, itc_similarities, with_itm_head
-from .recipe import DataConfig
 from .report import Depth, RetrievalReport
 from .reranking import (
     DIRECTIONS,
@@ -44,6 +41,7 @@ Prepare = Callable[[str], OnProgress]  # announces a piece of work, and gives it
 
 DEFAULT_RERANK = 128  # candidates a query, as published
 _TEXTS = 256  # captions a pass
+_TIMED_IMAGES = 32  # encoded once more for the time of a query in a sweep
 
 
 @dataclass
@@ -66,7 +64,7 @@ def evaluate(
     rerank: int | None = None,
     sweep: Sequence[int] = (),
     directions: Sequence[Direction] = DIRECTIONS,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     memory: int = MEMORY,
     cache: Path | None = None,
     index: str | os.PathLike[str] | None = None,
@@ -81,18 +79,21 @@ def evaluate(
         rerank: candidates a query that ITM scores; None is 128, and 0 for a dual encoder.
         sweep: further depths of rerank to report.
         directions: "tr" (image -> text), "ir" (text -> image), or both.
-        precision: of the rerank; ITC is computed in the model's own.
+        precision: of the encoder and of ITM, by autocast; what ITC compares is computed in the
+            model's own. None is fp16 on a GPU and fp32 elsewhere.
         memory: bytes of image tokens that are held at once. All of them are kept in fp16 on disk.
         cache: the folder of encoded images, with which a killed evaluation goes on and another depth
             costs no encoding; None is a temporary one.
         index: the folder of a `SearchEngine`'s index: text queries then go through it, and images
-            are compared as it has stored them. Made, or brought up to date, if need be.
+            are compared as it has stored them. Made, or completed, if need be.
         prepare: called with the name of a long piece of work, gives its progress callback.
 
     Raises:
         CheckpointError: a rerank was asked of a dual encoder.
         DatasetError: no image can be read, or the index holds other images as well.
+        DeviceMemoryError: a batch does not fit into the GPU's memory.
         ModelMismatchError: the index was made by another model.
+        ScoreError: a score is no number.
         TokenOverflowError: image tokens do not fit into float16.
     """
     if rerank is None:
@@ -100,139 +101,206 @@ def evaluate(
     depth = max(rerank, *sweep, 0)
     if depth:
         with_itm_head(model)
-    announce = prepare or (lambda _: lambda done, total: None)
-    clock = _Clock()
-    with ExitStack() as stack:
-        if cache is None:
-            cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        with clock("images"):
-            tokens = _encode(model, dataset, cache, announce)
-            features = cached_features(model, tokens.images)
-        kept = [dataset[row] for row in tokens.rows]
-        captions, owner = captions_and_owners(kept)
-        with clock("texts"):
-            texts = _encode_texts(model, captions, announce("Encoding texts"))
-        with clock("itc"):
+    if precision is None:
+        precision = "fp16" if model.device.type == "cuda" else "fp32"
+    try:
+        return _Evaluation(
+            model, rerank, sorted(set(sweep)), depth, directions, precision, memory,
+            prepare or (lambda _: lambda done, total: None),
+        ).run(dataset, cache, index)  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            "the evaluation does not fit into the GPU's memory: a smaller --memory or "
+            "--device cpu may help; what was encoded is kept"
+        ) from error
+
+
+@dataclass
+class _Evaluation:
+    """One evaluation; the fields are `evaluate`'s arguments, made definite."""
+
+    model: Embedder
+    rerank: int
+    sweep: Sequence[int]
+    depth: int
+    directions: Sequence[Direction]
+    precision: Precision
+    memory: int
+    announce: Prepare
+    clock: _Clock = field(default_factory=_Clock)
+
+    def run(
+        self,
+        dataset: Sequence[CaptionedImage],
+        cache: Path | None,
+        index: str | os.PathLike[str] | None,
+    ) -> RetrievalReport:
+        model, clock = self.model, self.clock
+        start = time.perf_counter()
+        with plain_tokens(
+            model,
+            [image.path for image in dataset],
+            cache,
+            self.precision,
+            self.announce("Encoding images"),
+        ) as tokens:
+            clock.seconds["images"] = time.perf_counter() - start
+            images = [dataset[row] for row in tokens.rows]
+            captions, owner = captions_and_owners(images)
+            with clock("features"):
+                features = cached_features(model, tokens.images)
+            with clock("texts"):
+                texts = self._encode_texts(captions)
             if index is None:
-                itc = itc_similarities(torch.from_numpy(features).to(model.device), texts)
-                rankings = rank_by_itc(itc, owner, max(depth, 1), directions)
+                with clock("itc"):
+                    itc = itc_similarities(torch.from_numpy(features).to(model.device), texts)
+                    rankings = rank_by_itc(itc, owner, max(self.depth, 1), self.directions)
             else:
-                rankings = _rank_through_index(
-                    SearchEngine(index, model), kept, captions, texts, owner, depth, directions, announce
-                )  # fmt: skip
-        logits: dict[Direction, Float32] = {}
-        if depth:
-            with clock("rerank"):
-                pairs = pairs_to_match(rankings, len(captions))
-                with autocast(model.device, precision):
-                    itm = match_pairs(
-                        with_itm_head(model), tokens.images, captions, pairs,
-                        memory=memory, on_progress=announce("Reranking pairs"),
-                    )  # fmt: skip
-            logits = {direction: itm[rows] for direction, rows in pairs.positions.items()}
+                rankings = self._rank_through(SearchEngine(index, model), images, texts, owner)
+            logits = self._match(tokens.images, captions, rankings) if self.depth else {}
 
-    def ranks_at(k: int) -> dict[str, Int64]:
-        return {
-            direction: ranking.reranked(logits[direction], k) if k else ranking.itc_ranks
-            for direction, ranking in rankings.items()
-        }
+        def ranks_at(k: int) -> dict[str, Int64]:
+            return {
+                direction: ranking.reranked(logits[direction], k) if k else ranking.itc_ranks
+                for direction, ranking in rankings.items()
+            }
 
-    rates = {"texts": len(captions) / clock.seconds["texts"]}
-    if tokens.computed:
-        rates["images"] = tokens.computed / clock.seconds["images"]
-    if depth:
-        rates["pairs"] = len(pairs) / clock.seconds["rerank"]
-    reported = {"itc": ranks_at(0)} | ({"itc+itm": ranks_at(rerank)} if rerank else {})
-    return RetrievalReport(
-        model=model.name,
-        fingerprint=model.fingerprint,
-        images=len(kept),
-        captions=len(captions),
-        rerank=rerank,
-        precision=precision,
-        candidates="dense" if index is None else "index",
-        mean_query_cosine=mean_query_cosine(features),
-        tables={name: rank_statistics(ranks) for name, ranks in reported.items()},
-        intervals={name: bootstrap_intervals(ranks, owner) for name, ranks in reported.items()},
-        seconds=clock.seconds,
-        rates=rates,
-        skipped=tuple(tokens.skipped),
-        sweep={
-            k: Depth(
-                table=rank_statistics(ranks_at(k)),
-                seconds_per_query=min(k, len(kept)) / rates["pairs"] if k else 0.0,
-            )
-            for k in sorted(set(sweep))
-        },
-    )
-
-
-def _encode(
-    model: Embedder, dataset: Sequence[CaptionedImage], cache: Path, announce: Prepare
-) -> TokenCache:
-    paths = [image.path for image in dataset]
-    tokens = encoder_tokens(
-        model, paths, cache, DataConfig(augment=False), on_progress=announce("Encoding images")
-    )
-    if not tokens.rows:
-        reason = tokens.skipped[0] if tokens.skipped else "there is none"
-        raise DatasetError(f"no image can be evaluated: {reason}")
-    return tokens
-
-
-def _encode_texts(model: Embedder, captions: Sequence[str], on_progress: OnProgress) -> Float32:
-    """Return the vectors of captions (B, E); those of like length go together, to waste no padding."""
-    order = np.argsort([len(caption) for caption in captions], kind="stable")
-    texts = np.empty((len(captions), model.embedding_size), np.float32)
-    for start in range(0, len(order), _TEXTS):
-        rows = order[start : start + _TEXTS]
-        texts[rows] = model.encode_texts([captions[row] for row in rows])
-        on_progress(start + len(rows), len(order))
-    return texts
-
-
-def _rank_through_index(
-    engine: SearchEngine,
-    images: Sequence[CaptionedImage],
-    captions: Sequence[str],
-    texts: Float32,
-    owner: Int64,
-    depth: int,
-    directions: Sequence[Direction],
-    announce: Prepare,
-) -> dict[Direction, Ranking]:
-    """Rank by what an index answers (ir), and by the vectors as it has stored them (tr)."""
-    paths = [os.path.abspath(image.path) for image in images]
-    engine.add(paths, on_progress=announce("Indexing images"))
-    number = {path: i for i, path in enumerate(paths)}
-    stored, features = engine.features()
-    if set(stored) != set(number):
-        raise DatasetError(
-            f"the index in {engine.path} holds other images than this dataset: "
-            "name an empty folder, and it will be made there"
+        rates = {"texts": len(captions) / clock.seconds["texts"]}
+        if tokens.computed:
+            rates["images"] = tokens.computed / clock.seconds["images"]
+        if self.depth:
+            rates["pairs"] = clock.seconds.pop("pairs") / clock.seconds["rerank"]
+        reported = {"itc": ranks_at(0)}
+        if self.rerank:
+            reported["itc+itm"] = ranks_at(self.rerank)
+        itm = 1 / rates["pairs"] if self.depth else 0.0
+        encoding = self._seconds_an_image(images) if any(self.sweep) else 0.0
+        half = model.dtype in (torch.float16, torch.bfloat16)
+        return RetrievalReport(
+            model=model.name,
+            fingerprint=model.fingerprint,
+            images=len(images),
+            captions=len(captions),
+            rerank=self.rerank,
+            precision=str(model.dtype).removeprefix("torch.") if half else self.precision,
+            candidates="dense" if index is None else "index",
+            mean_query_cosine=mean_query_cosine(features),
+            tables={name: rank_statistics(ranks) for name, ranks in reported.items()},
+            intervals={name: bootstrap_intervals(ranks, owner) for name, ranks in reported.items()},
+            seconds=clock.seconds,
+            rates=rates,
+            skipped=tuple(tokens.skipped),
+            sweep={
+                k: Depth(
+                    table=rank_statistics(ranks_at(k)),
+                    itm_seconds=min(k, len(images)) * itm,
+                    seconds=min(k, len(images)) * (itm + encoding),
+                )
+                for k in self.sweep
+            },
         )
-    rankings: dict[Direction, Ranking] = {}
-    if "tr" in directions:
-        order = np.argsort([number[path] for path in stored])
-        own = torch.from_numpy(features[order].astype(np.float32))
-        itc = itc_similarities(own, texts)
-        rankings |= rank_by_itc(itc, owner, max(depth, 1), ["tr"])
-    if "ir" in directions:
-        # Deep enough for the median of any useful ranking; an image that comes later is not found.
-        k = min(len(images), max(depth, DEFAULT_RERANK))
-        hits = engine.search_many(captions, k)
-        found = np.array([[number[hit.path] for hit in row] for row in hits], np.int64)
-        scores = np.array([[hit.itc for hit in row] for row in hits], np.float32)
-        rankings["ir"] = _found_by_index(found, scores, owner, len(images), depth)
-    return rankings
+
+    def _encode_texts(self, captions: Sequence[str]) -> Float32:
+        """Return the vectors of captions (B, E); those of like length go together."""
+        on_progress = self.announce("Encoding texts")
+        order = np.argsort([len(caption) for caption in captions], kind="stable")
+        texts = np.empty((len(captions), self.model.embedding_size), np.float32)
+        for start in range(0, len(order), _TEXTS):
+            rows = order[start : start + _TEXTS]
+            texts[rows] = self.model.encode_texts([captions[row] for row in rows])
+            on_progress(start + len(rows), len(order))
+        return texts
+
+    def _match(
+        self,
+        image_tokens: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.float16]]],
+        captions: Sequence[str],
+        rankings: dict[Direction, Ranking],
+    ) -> dict[Direction, Float32]:
+        """Return the ITM logits (R, K) of the candidates of each direction."""
+        pairs = pairs_to_match(rankings, len(captions))
+        with self.clock("rerank"), autocast(self.model.device, self.precision):
+            itm = match_pairs(
+                with_itm_head(self.model), image_tokens, captions, pairs,
+                memory=self.memory, on_progress=self.announce("Reranking pairs"),
+            )  # fmt: skip
+        self.clock.seconds["pairs"] = len(pairs)
+        return {direction: itm[places] for direction, places in pairs.positions.items()}
+
+    def _seconds_an_image(self, images: Sequence[CaptionedImage]) -> float:
+        """Return what decoding and encoding a candidate takes: a query does it, the evaluation not."""
+        paths = [image.path for image in images[:_TIMED_IMAGES]]
+        start = time.perf_counter()
+        with autocast(self.model.device, self.precision):
+            with_itm_head(self.model).image_tokens(paths)
+        return (time.perf_counter() - start) / len(paths)
+
+    def _rank_through(
+        self,
+        engine: SearchEngine,
+        images: Sequence[CaptionedImage],
+        texts: Float32,
+        owner: Int64,
+    ) -> dict[Direction, Ranking]:
+        """Rank by what an index answers (ir), and by the vectors as it has stored them (tr)."""
+        paths = [os.path.abspath(image.path) for image in images]
+        if set(engine.paths()) - set(paths):
+            raise DatasetError(
+                f"the index in {engine.path} holds other images than this dataset: "
+                "name an empty folder, and it will be made there"
+            )
+        with self.clock("index"):
+            if engine.add(paths, on_progress=self.announce("Indexing images")).interrupted:
+                raise KeyboardInterrupt
+        number = {path: row for row, path in enumerate(engine.paths())}
+        rows = np.array([number[path] for path in paths], np.int64)  # of the index
+        k = max(self.depth, 1)
+        rankings: dict[Direction, Ranking] = {}
+        with self.clock("itc"):
+            if "tr" in self.directions:
+                stored = torch.from_numpy(engine.features()[rows].astype(np.float32))
+                rankings |= rank_by_itc(itc_similarities(stored, texts), owner, k, ["tr"])
+            if "ir" in self.directions:
+                image_of = np.zeros(len(number), np.int64)
+                image_of[rows] = np.arange(len(rows))
+                rankings["ir"] = _rank_by_index(engine, texts, rows[owner], image_of, k)
+        return rankings
 
 
-def _found_by_index(
-    found: Int64, scores: Float32, owner: Int64, num_images: int, depth: int
+def _rank_by_index(
+    engine: SearchEngine, texts: Float32, own: Int64, image_of: Int64, k: int
 ) -> Ranking:
-    correct: npt.NDArray[np.bool_] = found == owner[:, None]
-    own = np.where(correct, scores, np.inf).min(axis=1)
-    ranks = ((scores >= own[:, None]) & ~correct).sum(axis=1)
-    ranks = np.where(correct.any(axis=1), ranks, num_images - 1)
-    k = max(depth, 1)
-    return Ranking(found[:, :k], scores[:, :k], correct[:, :k], ranks)
+    """Rank the images of each text as an index finds them.
+
+    Where the right one is not among the first, the index is asked for all; one that it does not give
+    then either comes last.
+
+    Args:
+        engine: of the index.
+        texts: (B, E).
+        own: (B,), the index's number of each text's image.
+        image_of: (N,), the dataset's number of each of the index's images.
+        k: candidates to keep.
+    """
+    num_images = len(image_of)
+    found = engine.search_vectors(texts, min(num_images, max(k, DEFAULT_RERANK)))
+    candidates, scores = found.images[:, :k], found.scores[:, :k]
+    ranks = _ranks_in(found.images, found.scores, own, num_images)
+    missed = np.flatnonzero(ranks == num_images)
+    if len(missed):
+        every = engine.search_vectors(texts[missed], num_images)
+        ranks[missed] = _ranks_in(every.images, every.scores, own[missed], num_images)
+    return Ranking(
+        image_of[candidates],
+        scores,
+        candidates == own[:, None],
+        np.minimum(ranks, num_images - 1),
+    )
+
+
+def _ranks_in(images: Int64, scores: Float32, own: Int64, missing: int) -> Int64:
+    """Return the rank of each row's own image, ties against us, or `missing`."""
+    correct = images == own[:, None]
+    best = np.where(correct, scores, np.inf).min(axis=1)
+    ranks = ((scores >= best[:, None]) & ~correct).sum(axis=1)
+    return np.where(correct.any(axis=1), ranks, missing)

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from .augment import crop_to_pixels
 from .embedder import Embedder, PixelTransform
-from .errors import ImageReadError, TokenOverflowError
+from .errors import DatasetError, ImageReadError, TokenOverflowError
 from .model import Precision, autocast
 from .preprocess import load_image
 from .recipe import DataConfig
@@ -75,7 +77,7 @@ def encoder_tokens(
     Raises:
         TokenOverflowError: the tokens overflow float16.
     """
-    settings = f"{views} {precision}"
+    settings = f"{views} {precision} {model.dtype}"
     if views > 1:
         settings += f" {seed} {data.augment} {data.crop_scale} {data.flip}"
     folder = directory / _cache_key(model, paths, settings)
@@ -97,6 +99,39 @@ def encoder_tokens(
     return replace(cache, computed=computed)
 
 
+@contextmanager
+def plain_tokens(
+    model: Embedder,
+    paths: Sequence[Path],
+    directory: Path | None,
+    precision: Precision = "fp32",
+    on_progress: OnProgress | None = None,
+) -> Iterator[TokenCache]:
+    """Give the encoder's tokens of images as they are, not augmented, for an evaluation.
+
+    Args:
+        model: as for `encoder_tokens`.
+        paths: N image files.
+        directory: where caches live; None is a temporary one, gone afterwards.
+        precision: of the encoder's arithmetic.
+        on_progress: called after every batch that is encoded.
+
+    Raises:
+        DatasetError: no image can be read.
+        TokenOverflowError: the tokens overflow float16.
+    """
+    with ExitStack() as stack:
+        if directory is None:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        plain = DataConfig(augment=False)
+        cache = encoder_tokens(
+            model, paths, directory, plain, precision=precision, on_progress=on_progress
+        )
+        if not cache.rows:
+            raise DatasetError(f"no image can be read: {(cache.skipped or ['there is none'])[0]}")
+        yield cache
+
+
 @torch.inference_mode()
 def cached_features(
     model: Embedder, tokens: Sequence[npt.NDArray[np.float16]], batch_size: int = 64
@@ -112,8 +147,10 @@ def cached_features(
 def _cache_key(model: Embedder, paths: Sequence[Path], settings: str) -> str:
     digest = hashlib.blake2b(f"{settings} {model.encoder_fingerprint}".encode(), digest_size=12)
     for path in paths:
-        size = path.stat().st_size if path.exists() else -1
-        digest.update(f"{path}\0{size}\0".encode())
+        digest.update(f"{os.path.abspath(path)}\0".encode())
+        with suppress(OSError):
+            stat = path.stat()
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 

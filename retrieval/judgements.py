@@ -11,9 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,8 @@ from .data import CAPTION_COLUMNS, PATH_COLUMNS, RATING, read_columns
 from .embedder import Embedder
 from .errors import DatasetError
 from .evaluation import Prepare
-from .feature_cache import cached_features, encoder_tokens
+from .feature_cache import cached_features, plain_tokens
 from .model import RetrievalModel, itc_similarities
-from .recipe import DataConfig
 from .reranking import MEMORY, Pairs, match_pairs
 
 TOKEN_FILE = "Flickr8k.token.txt"  # captions by their ids, as Flickr8k comes
@@ -62,7 +59,7 @@ def read_judgements(file: Path, images: Path, captions: Path | None = None) -> l
     """Read ratings of captions.
 
     Understood are a CSV, TSV or Parquet table with a column of images, one of captions and one or
-    several whose names begin with "rating"; Flickr8k's ExpertAnnotations.txt and
+    several of ratings (rating, rating_1, ...); Flickr8k's ExpertAnnotations.txt and
     CrowdFlowerAnnotations.txt; and JSON as CLIPScore's authors keep both.
 
     Args:
@@ -114,14 +111,7 @@ def judge(
         raise DatasetError("Kendall's tau needs scipy: pip install 'blip2-search[evaluate]'")
     announce = prepare or (lambda _: lambda done, total: None)
     paths = list(dict.fromkeys(one.image for one in judgements))
-    with ExitStack() as stack:
-        if cache is None:
-            cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        tokens = encoder_tokens(
-            model, paths, cache, DataConfig(augment=False), on_progress=announce("Encoding images")
-        )
-        if not tokens.rows:
-            raise DatasetError(f"no image can be judged: {tokens.skipped[0]}")
+    with plain_tokens(model, paths, cache, on_progress=announce("Encoding images")) as tokens:
         number = {paths[row]: i for i, row in enumerate(tokens.rows)}
         kept = [one for one in judgements if one.image in number]
         captions = list(dict.fromkeys(one.caption for one in kept))
@@ -164,12 +154,14 @@ def _read_table(file: Path, images: Path) -> list[Judgement]:
     names, rows = read_columns(file)
     path = next((name for name in PATH_COLUMNS if name in names), None)
     caption = next((name for name in CAPTION_COLUMNS if name in names), None)
-    columns = [name for name in names if name.startswith(RATING)]
+    columns = [name for name in names if RATING.fullmatch(name)]
     if path is None or caption is None or not columns:
         raise DatasetError(
-            f"{file} needs columns called {PATH_COLUMNS[0]}, {CAPTION_COLUMNS[0]} and {RATING}; "
+            f"{file} needs columns called {PATH_COLUMNS[0]}, {CAPTION_COLUMNS[0]} and rating; "
             f"it has {', '.join(names)}"
         )
+    if not all(isinstance(row[name], str) for row in rows for name in (path, caption)):
+        raise DatasetError(f"{file}: every row needs one image and one caption")
     return [
         Judgement(
             image=images / row[path],

@@ -57,7 +57,10 @@ def load_model(
     """
     target = pick_device(device)
     number_type = _dtype(dtype, target)
-    return _load(str(name_or_path)).to(target, number_type).eval()
+    name = str(name_or_path)
+    model = _load(name).to(target, number_type).eval()
+    model.origin = os.path.abspath(name) if name not in NAMES and os.path.exists(name) else name
+    return model
 
 
 def _load(name: str) -> RetrievalModel:

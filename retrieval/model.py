@@ -41,6 +41,7 @@ class RetrievalModel(nn.Module):
     """BLIP-2 stage 1 (arXiv 2301.12597, section 3.1)."""
 
     fingerprint: str  # set by `refresh_fingerprint`
+    origin = ""  # where it was loaded from, set by `loading.py`
 
     def __init__(self, config: ModelConfig, text_transform: TextTransform) -> None:
         """Build with random weights; `loading.load_model` fills them."""
@@ -72,16 +73,15 @@ class RetrievalModel(nn.Module):
 
     @property
     def name(self) -> str:
-        """What to load again, such as "mini"."""
-        return self.config.name
+        """What to load again, such as "mini" or a folder."""
+        return self.origin or self.config.name
 
     @property
     def encoder_fingerprint(self) -> str:
         """16 hex digits of the image encoder and of how pixels come to it."""
         description = repr((self.config.encoder, self.config.preprocess))
         # In half precision, so that a checkpoint stored in it has the same.
-        halves = {name: x.half() for name, x in self.image_encoder.state_dict().items()}
-        return fingerprint(description, halves)
+        return fingerprint(description, self.image_encoder.state_dict(), torch.float16)
 
     @property
     def num_vectors(self) -> int:
@@ -229,8 +229,10 @@ class RetrievalModel(nn.Module):
         """Return ITM logits (B, 2), averaged over the queries, of pairs (B, P, D) and text."""
         mask = bi_directional_mask(self.config.qformer.num_queries, text.mask)
         out = self.qformer(image_tokens=image_tokens, token_ids=text.token_ids, mask=mask)
-        logits: Tensor = self.itm_head(out.queries)
-        return logits.mean(dim=1)
+        head = self.itm_head
+        with torch.autocast(self.device.type, enabled=False):  # rankings hang on small differences
+            logits = F.linear(out.queries.float(), head.weight.float(), head.bias.float())
+            return logits.mean(dim=1)
 
     def caption_hidden(self, text: TextBatch, keys_values: Sequence[KeyValue]) -> Tensor:
         """Return the ITG text states (B, T, H) that `lm_head` turns into next-token logits.

@@ -32,14 +32,16 @@ PUBLISHED: Mapping[str, Mapping[str, tuple[float, ...]]] = {
         "BLIP-2 ViT-g": (85.4, 97.0, 98.5, 68.3, 87.7, 92.6),
     },
 }
+PUBLISHED_SIZE = {"flickr30k": (1000, 5000), "coco": (5000, 25010)}  # images and captions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """One depth of rerank, for a sweep."""
+    """One depth of rerank, for a sweep; what it adds to the time of a text query."""
 
     table: Table
-    seconds_per_query: float  # of a text query's rerank, at the rate of the whole run
+    itm_seconds: float  # ITM over the candidates, at the rate of the whole run
+    seconds: float  # that, and decoding and encoding the candidates' files, as `query` does
 
 
 @dataclass(frozen=True, kw_only=True)

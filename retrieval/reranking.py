@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .errors import ScoreError
 from .metrics import image_ranks, text_ranks
 from .model import MATCH, RetrievalModel
 
@@ -68,7 +69,11 @@ def rank_by_itc(
         owner: (B,), the image of each text; every image has at least one.
         k: candidates a query; more than there are gives all.
         directions: those wanted.
+
+    Raises:
+        ScoreError: a similarity is no number.
     """
+    check_finite(itc, "ITC similarities")
     found = {}
     for direction in directions:
         scores = itc if direction == "tr" else itc.T
@@ -87,7 +92,8 @@ def rank_by_itc(
 def _best(scores: Float32, k: int) -> Int64:
     """Return the numbers (R, K) of the k greatest of each row (R, C), descending."""
     parts = [
-        np.argsort(-scores[start : start + _ROWS], axis=1, kind="stable")[:, :k]
+        # A copy: the slice alone would keep all of the order in memory.
+        np.argsort(-scores[start : start + _ROWS], axis=1, kind="stable")[:, :k].copy()
         for start in range(0, len(scores), _ROWS)
     ]
     return np.concatenate(parts)
@@ -147,36 +153,53 @@ def match_pairs(
         pairs: what to score.
         memory: bytes of image tokens that are held at once; one image's are held in any case.
         on_progress: called with (pairs scored, pairs to score).
+
+    Raises:
+        ScoreError: a logit is no number.
     """
     text = model.text_transform(captions)
     lengths = text.mask.sum(dim=1).numpy()
     scores = np.empty(len(pairs), np.float32)
     done = 0
-    for images, rows in _image_blocks(encoder_tokens, pairs, memory, model.dtype.itemsize):
+    for images, rows in _image_blocks(encoder_tokens, pairs, memory):
+        # Normalised pair by pair below: all of them in the model's own dtype would take twice as much.
         block = torch.from_numpy(np.stack([encoder_tokens[image] for image in images]))
-        tokens = model.normalise_tokens(block.to(model.device, model.dtype))
+        block = block.to(model.device)
         rows = rows[np.argsort(lengths[pairs.texts[rows]], kind="stable")]
         size = _PAIRS if model.device.type == "cpu" else _PAIRS_ON_GPU
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
             places = torch.from_numpy(np.searchsorted(images, pairs.images[batch]))
             texts = text.select(torch.from_numpy(pairs.texts[batch])).trimmed().to(model.device)
-            logits = model.match_logits(tokens[places.to(model.device)], texts)
+            tokens = model.normalise_tokens(block[places.to(model.device)].to(model.dtype))
+            logits = model.match_logits(tokens, texts)
             scores[batch] = logits[:, MATCH].float().cpu().numpy()
             done += len(batch)
             if on_progress is not None:
                 on_progress(done, len(pairs))
+        del block  # before the next is read
+    check_finite(scores, "ITM logits")
     return scores
 
 
+def check_finite(scores: Float32, what: str) -> None:
+    """Make sure that scores can be ranked.
+
+    Raises:
+        ScoreError: one is no number, or infinite.
+    """
+    if not np.isfinite(scores).all():
+        raise ScoreError(f"some {what} are no numbers: a higher precision, as fp32, may help")
+
+
 def _image_blocks(
-    encoder_tokens: Sequence[Float16], pairs: Pairs, memory: int, bytes_a_number: int
+    encoder_tokens: Sequence[Float16], pairs: Pairs, memory: int
 ) -> Iterator[tuple[Int64, Int64]]:
     """Give the images that fit into memory together, ascending, and the rows of their pairs."""
     images = np.unique(pairs.images)
     if not len(images):
         return
-    count = max(1, memory // (encoder_tokens[0].size * bytes_a_number))
+    count = max(1, memory // encoder_tokens[0].nbytes)
     for start in range(0, len(images), count):
         block = images[start : start + count]
         first, last = np.searchsorted(pairs.images, [block[0], block[-1] + 1])

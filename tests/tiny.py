@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "purple")
 SHAPES = ("circle", "square", "bar")
-WORDS = [*COLOURS, *SHAPES, "a", "on", "black", "picture", "of", "clock", "tower"]
+WORDS = [*COLOURS, *SHAPES, "a", "on", "black", "picture", "of", "clock", "tower", "left"]
 
 
 def draw(colour: str, shape: str, size: int = 64) -> Image.Image:
@@ -21,6 +21,18 @@ def draw(colour: str, shape: str, size: int = 64) -> Image.Image:
         pen.rectangle(box, fill=colour)
     else:
         pen.rectangle([0, size // 2 - 4, size, size // 2 + 4], fill=colour)
+    return image
+
+
+def draw_scene(left: tuple[str, str], right: tuple[str, str]) -> Image.Image:
+    """Draw two shapes side by side on black, each a colour and "circle" or "bar"."""
+    image = Image.new("RGB", (64, 64), "black")
+    pen = ImageDraw.Draw(image)
+    for (colour, shape), x in ((left, 4), (right, 36)):
+        if shape == "circle":
+            pen.ellipse([x, 20, x + 24, 44], fill=colour)
+        else:
+            pen.rectangle([x + 9, 4, x + 15, 60], fill=colour)
     return image
 
 

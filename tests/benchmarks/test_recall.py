@@ -19,7 +19,7 @@ def test_models_side_by_side(tiny_model, photos, tmp_path, monkeypatch, capsys):
     (folder / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
     model = str(tmp_path / "model")
     arguments = ["--dataset", "flickr8k", "--root", tmp_path / "data", "--split", "val"]
-    arguments += ["--model", model, "--model", model, "--limit", 9, "--rerank", 4]
+    arguments += ["--model", model, "--model", model, "--rerank", 4]
     arguments += ["--results", tmp_path / "results"]
     monkeypatch.setattr(sys, "argv", ["recall", *map(str, arguments)])
     monkeypatch.setattr(recall, "default_cache", lambda: tmp_path / "cache")
@@ -27,7 +27,7 @@ def test_models_side_by_side(tiny_model, photos, tmp_path, monkeypatch, capsys):
     (file,) = (tmp_path / "results").iterdir()
     assert file.name == recall.result_name(model, "flickr8k", "val")
     result = json.loads(file.read_text())
-    assert (result["images"], result["rerank"], result["split"]) == (9, 4, "val")
+    assert (result["images"], result["rerank"], result["split"]) == (18, 4, "val")
     assert result["command"].startswith("python -m blip2_search.benchmarks.recall --dataset")
     printed = capsys.readouterr().out
     assert printed.count("ITC + ITM, 4 reranked") == 2

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from blip2_search.retrieval import report
 from blip2_search.retrieval.checkpoints import save_model
 from tiny import build_tiny_model
 
@@ -45,7 +46,8 @@ def evaluate(run, root, checkpoint, tmp_path):
     return evaluate
 
 
-def test_a_table_for_people(evaluate):
+def test_a_table_for_people(evaluate, monkeypatch):
+    monkeypatch.setitem(report.PUBLISHED_SIZE, "flickr30k", (9, 18))
     done = evaluate("--rerank", 4)
     assert done.stdout.startswith("flickr30k test: 9 images, 18 captions; ")
     rows = [line.split() for line in done.stdout.splitlines()]
@@ -60,8 +62,12 @@ def test_a_table_for_people(evaluate):
     assert "pairs/s" in done.stdout
 
 
-def test_published_rows_belong_to_the_test_split(evaluate):
+def test_published_rows_belong_to_the_whole_test_split(evaluate, monkeypatch):
+    assert "published" not in evaluate("--rerank", 0).stdout  # 9 images are not the 1,000
+    monkeypatch.setitem(report.PUBLISHED_SIZE, "flickr30k", (9, 18))
+    assert "published" in evaluate("--rerank", 0).stdout
     assert "published" not in evaluate("--split", "val", "--rerank", 0).stdout
+    assert "published" not in evaluate("--limit", 5, "--rerank", 0).stdout
 
 
 def test_json_and_a_file_with_the_command(evaluate, tmp_path, monkeypatch):
@@ -80,7 +86,7 @@ def test_a_sweep_prints_and_draws(evaluate, tmp_path):
     picture = tmp_path / "sweep.png"
     done = evaluate("--sweep-rerank", "0,2,8", "--plot", picture, "--directions", "ir")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "rerank IR@1 IR@5 IR@10 ms a text query" in " ".join(done.stdout.split())
+    assert "rerank IR@1 IR@5 IR@10 ITM ms with encoding ms" in " ".join(done.stdout.split())
     assert "TR@1" not in done.stdout
     assert "picture: " in done.stderr
 
@@ -121,7 +127,23 @@ def test_judgements(run, photos, checkpoint, tmp_path):
     assert done.stdout.startswith("rated: 18 pairs, 18 ratings; ")
     assert "tau-b tau-c" in " ".join(done.stdout.split())
     assert json.loads(run(*arguments, "--json").stdout)["tau"].keys() == {"itc", "itm", "itc+itm"}
-    assert "excludes" in run(*arguments, "--dataset", "coco", code=2).stderr
+    for more in (["--dataset", "coco"], ["--rerank", 4], ["--limit", 3]):
+        assert f"it excludes {more[0]}" in run(*arguments, *more, code=2).stderr
+
+
+def test_what_cannot_be_written_is_known_before_the_work(evaluate, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = evaluate("--out", tmp_path / "file" / "a.json", code=1)
+    assert "cannot write" in done.stderr
+    done = evaluate("--sweep-rerank", "0,2", "--plot", "sweep.jpg", code=1)
+    assert "--plot sweep.png" in done.stderr
+
+
+def test_the_index_remembers_a_model_that_can_be_loaded(evaluate, checkpoint, tmp_path, run):
+    evaluate("--rerank", 0, "--through-index", tmp_path / "index")
+    found = json.loads(run("info", "--index", tmp_path / "index", "--json").stdout)
+    assert found["model_name"] == str(checkpoint)
+    run("query", "a red bar", "--index", tmp_path / "index", "--rerank", 0)
 
 
 def test_what_is_missing_is_said_with_its_place(run, tmp_path):
@@ -138,6 +160,7 @@ def test_what_is_missing_is_said_with_its_place(run, tmp_path):
     [
         [],
         ["--data", "a.json"],  # and --dataset, below
+        ["--images", "photos"],
         ["--sweep-rerank", "1,x"],
         ["--sweep-rerank", "-1"],
         ["--memory", "much"],

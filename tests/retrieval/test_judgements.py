@@ -65,7 +65,7 @@ def test_images_that_cannot_be_read_are_left_out(tiny_model, photos):
     ]
     report = judge(tiny_model, judged)
     assert (report.pairs, len(report.skipped)) == (2, 1)
-    with pytest.raises(DatasetError, match="no image can be judged"):
+    with pytest.raises(DatasetError, match="no image can be read"):
         judge(tiny_model, judged[:1])
 
 
