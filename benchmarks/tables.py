@@ -2,7 +2,8 @@
 
     python -m blip2_search.benchmarks.tables
 
-A table stands between `<!-- NAME.json -->` and `<!-- end -->`; a test holds it to the file.
+A table stands between `<!-- NAME.json -->` (or `<!-- NAME.json sweep -->`) and `<!-- end -->`; a test
+holds it to the file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .recall import RESULTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "retrieval" / "models" / "mini" / "README.md")
-_TABLE = re.compile(r"(<!-- (?P<name>\S+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (?P<name>\S+\.json)(?P<sweep> sweep)? -->\n).*?<!-- end -->", re.DOTALL)
 
 
 def recall_table(result: dict[str, Any]) -> str:
@@ -55,10 +56,11 @@ def with_tables(page: str, results: Path = RESULTS) -> str:
 
     def fill(match: re.Match[str]) -> str:
         result = json.loads((results / match["name"]).read_text(encoding="utf-8"))
-        table = sweep_table(result) if result.get("sweep") else recall_table(result)
+        if match["sweep"]:
+            return f"{match[1]}{sweep_table(result)}\n<!-- end -->"
         return (
-            f"{match[1]}{table}\n\n{result['captions']:,} captions of {result['images']:,} images, "
-            f"{result['date']}:\n\n    {result['command']}\n{match[3]}"
+            f"{match[1]}{recall_table(result)}\n\n{result['captions']:,} captions of "
+            f"{result['images']:,} images, {result['date']}:\n\n    {result['command']}\n<!-- end -->"
         )
 
     return _TABLE.sub(fill, page)
