@@ -106,6 +106,8 @@ def _summarise(report: IndexReport, index: Path, every_skipped: bool) -> None:
         "skipped": len(report.skipped),
     }
     render.say(f"{render.counts(numbers)} in {render.duration(report.seconds)}")
+    if report.reused:
+        render.say(f"{render.images(report.reused)} moved, copied or touched: not encoded again")
     shown = report.skipped if every_skipped else report.skipped[:SHOWN_SKIPPED]
     for file in shown:
         render.say(f"  skipped {render.short_path(file.path)}: {file.reason}")

@@ -171,6 +171,33 @@ class Store:
             start = end
         return features
 
+    def features_of(self, paths: Sequence[str]) -> npt.NDArray[np.float16]:
+        """The features of some images (N, Q, E), in the order of the paths; read anew at each call.
+
+        Raises:
+            StoreError: the index does not hold a path.
+            StoreCorruptError: a segment that is read is damaged.
+        """
+        rows = self._read_rows()
+        for path in paths:
+            if path not in rows:
+                raise StoreError(f"{path} is not in the index.")
+        wanted: dict[str, list[int]] = {}
+        for place, path in enumerate(paths):
+            wanted.setdefault(path, []).append(place)
+        found = np.empty((len(paths), self.manifest.num_vectors, self.manifest.dim), np.float16)
+        row_paths = iter(rows)
+        for segment in self._state.segments:
+            held = [wanted.get(next(row_paths), []) for _ in range(len(segment))]
+            if not any(held):
+                continue
+            features = np.empty((len(segment), *found.shape[1:]), np.float16)
+            with self._reading(segment):
+                read_features(self._folder, segment, features)
+            for row, places in enumerate(held):
+                found[places] = features[row]
+        return found
+
     def size_on_disk(self) -> int:
         """The bytes of the index's files, leftovers of a killed run included."""
         files = [self._directory / MANIFEST, *self._folder.glob(f"*{SUFFIX}")]

@@ -141,6 +141,7 @@ class SearchEngine:
         return IndexReport(
             added=indexer.added,
             updated=indexer.updated,
+            reused=indexer.reused,
             unchanged=plan.unchanged,
             removed=len(plan.vanished),
             skipped=tuple(plan.skipped),

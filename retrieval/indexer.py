@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePath
 from stat import S_ISREG
@@ -52,6 +52,7 @@ class IndexReport:
 
     added: int
     updated: int
+    reused: int  # of the added and updated: moved, copied or touched; not encoded again
     unchanged: int
     removed: int
     skipped: tuple[SkippedFile, ...]
@@ -157,12 +158,29 @@ class _Decoded(NamedTuple):
     pixels: Tensor  # (3, S, S)
 
 
-def _decode(path: str, transform: PixelTransform) -> _Decoded | SkippedFile:
+class _Known(NamedTuple):
+    record: ImageRecord
+    twin: str  # a path in the index whose content is the same
+
+
+def _decode(
+    path: str, transform: PixelTransform, known: Mapping[str, ImageRecord]
+) -> _Decoded | _Known | SkippedFile:
+    """Decode a file, unless its content is known: then its features are, too.
+
+    Args:
+        path: of the file.
+        transform: from the image to pixels.
+        known: the index's images by content hash.
+    """
     try:
         stat = os.stat(path)
         if not S_ISREG(stat.st_mode):  # a pipe would be waited for, for ever
             return SkippedFile(path, "not a regular file")
         data = Path(path).read_bytes()  # once, for the hash and the decoder
+        content_hash = hashlib.blake2b(data, digest_size=HASH_BYTES).hexdigest()
+        if (twin := known.get(content_hash)) is not None:
+            return _Known(replace(twin, path=path, mtime_ns=stat.st_mtime_ns), twin.path)
         image = load_image(io.BytesIO(data))
     except ImageReadError as error:
         return SkippedFile(path, error.reason)
@@ -172,7 +190,7 @@ def _decode(path: str, transform: PixelTransform) -> _Decoded | SkippedFile:
         path=path,
         size=stat.st_size,
         mtime_ns=stat.st_mtime_ns,
-        content_hash=hashlib.blake2b(data, digest_size=HASH_BYTES).hexdigest(),
+        content_hash=content_hash,
         width=image.width,
         height=image.height,
     )
@@ -180,18 +198,24 @@ def _decode(path: str, transform: PixelTransform) -> _Decoded | SkippedFile:
 
 
 def _decode_ahead(
-    paths: Sequence[str], transform: PixelTransform, workers: int, ahead: int
-) -> Generator[_Decoded | SkippedFile, None, None]:
+    paths: Sequence[str],
+    transform: PixelTransform,
+    known: Mapping[str, ImageRecord],
+    workers: int,
+    ahead: int,
+) -> Generator[_Decoded | _Known | SkippedFile, None, None]:
     """Decode in threads (Pillow releases the interpreter lock), `ahead` files at most in memory."""
     with ThreadPoolExecutor(workers) as pool:
         rest = iter(paths)
-        queue: deque[Future[_Decoded | SkippedFile]] = deque()
+        queue: deque[Future[_Decoded | _Known | SkippedFile]] = deque()
         try:
             for path in islice(rest, ahead):
-                queue.append(pool.submit(_decode, path, transform))
+                queue.append(pool.submit(_decode, path, transform, known))
             while queue:
                 done = queue.popleft()
-                queue.extend(pool.submit(_decode, path, transform) for path in islice(rest, 1))
+                queue.extend(
+                    pool.submit(_decode, path, transform, known) for path in islice(rest, 1)
+                )
                 yield done.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -205,8 +229,12 @@ class Indexer:
         self.store = store
         self.plan = plan
         self.on_progress = on_progress
-        self.added = self.updated = 0
+        self.added = self.updated = self.reused = 0
         self._old = set(plan.changed)
+        # Read before anything changes: a moved file's old path is on its way out.
+        self._known = {record.content_hash: record for record in store.records}
+        self._now = {record.path: record.content_hash for record in store.records}
+        self._copies: list[_Known] = []
         self._records: list[ImageRecord] = []
         self._features: list[np.ndarray[tuple[int, ...], np.dtype[np.float16]]] = []
         self._stale: list[str] = []
@@ -220,27 +248,34 @@ class Indexer:
             batch_size: images a pass of the encoder.
             workers: decoding threads.
         """
-        self.store.remove(self.plan.vanished)
         todo = self.plan.new + self.plan.changed
-        if model is None or not todo:
-            return True
         try:
-            self._encode_all(model, todo, batch_size, workers)
+            if model is not None and todo:
+                self._encode_all(model, todo, batch_size, workers)
         except KeyboardInterrupt:
             return False
         finally:
             self._commit()
+        self.store.remove(
+            self.plan.vanished
+        )  # last: files that were moved take their features along
         return True
 
     def _encode_all(
         self, model: Embedder, todo: Sequence[str], batch_size: int, workers: int
     ) -> None:
         batch: list[_Decoded] = []
-        stream = _decode_ahead(todo, model.image_transform, workers, batch_size + 2 * workers)
+        transform = model.image_transform
+        stream = _decode_ahead(todo, transform, self._known, workers, batch_size + 2 * workers)
         with closing(stream):
             for done, item in enumerate(stream, start=1):
+                if isinstance(item, _Known) and self._is_outdated(item):
+                    item = _decode(item.record.path, transform, {})
                 if isinstance(item, SkippedFile):
                     self._skip(item)
+                elif isinstance(item, _Known):
+                    self._copies.append(item)
+                    self._commit_in_time()
                 else:
                     batch.append(item)
                 if len(batch) == batch_size or (done == len(todo) and batch):
@@ -248,6 +283,11 @@ class Indexer:
                     batch = []
                 if self.on_progress is not None:
                     self.on_progress(done - len(batch), len(todo))
+
+    def _is_outdated(self, item: _Known) -> bool:
+        """Tell whether this run has given the twin another content since."""
+        twin = self._now.get(item.twin)
+        return twin is None or twin != item.record.content_hash
 
     def _skip(self, file: SkippedFile) -> None:
         self.plan.skipped.append(file)
@@ -266,17 +306,30 @@ class Indexer:
             ) from error
         self._features.append(features.to("cpu", torch.float16).numpy())
         self._records.extend(item.record for item in batch)
+        self._commit_in_time()
+
+    def _commit_in_time(self) -> None:
         late = time.monotonic() - self._last_commit > COMMIT_SECONDS
-        if late or len(self._records) >= COMMIT_IMAGES:
+        if late or len(self._records) + len(self._copies) >= COMMIT_IMAGES:
             self._commit()
 
     def _commit(self) -> None:
-        replaced = [record.path for record in self._records if record.path in self._old]
+        records = self._records + [copy.record for copy in self._copies]
+        features = self._features
+        if self._copies:  # before their twins are removed
+            features = [*features, self.store.features_of([copy.twin for copy in self._copies])]
+        paths = [record.path for record in records]
         # New paths too: Ctrl-C may have come between an append's commit and here.
-        self.store.remove([record.path for record in self._records] + self._stale)
-        if self._records:
-            self.store.append(self._records, np.concatenate(self._features))
-        self.updated += len(replaced)
-        self.added += len(self._records) - len(replaced)
-        self._records, self._features, self._stale = [], [], []
+        self.store.remove(paths + self._stale)
+        if records:
+            self.store.append(records, np.concatenate(features))
+        replaced = sum(path in self._old for path in paths)
+        self.updated += replaced
+        self.added += len(records) - replaced
+        self.reused += len(self._copies)
+        for record in records:
+            self._now[record.path] = record.content_hash
+        for path in self._stale:
+            self._now.pop(path, None)
+        self._records, self._features, self._stale, self._copies = [], [], [], []
         self._last_commit = time.monotonic()

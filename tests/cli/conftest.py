@@ -57,7 +57,7 @@ class FakeEngine:
 
 def make_report(**changes) -> IndexReport:
     empty = {
-        "added": 0, "updated": 0, "unchanged": 0, "removed": 0, "skipped": (), "total": 0,
+        "added": 0, "updated": 0, "reused": 0, "unchanged": 0, "removed": 0, "skipped": (), "total": 0,
         "seconds": 1.5, "interrupted": False,
     }  # fmt: skip
     return IndexReport(**{**empty, **changes})

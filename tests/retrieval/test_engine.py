@@ -259,3 +259,74 @@ def test_too_little_gpu_memory_is_one_sentence(photos, tmp_path, tiny_model, mon
     monkeypatch.setattr(type(tiny_model), "encode_pixels", overflow)
     with pytest.raises(DeviceMemoryError, match="--batch-size"):
         SearchEngine(tmp_path / "index", tiny_model).add([photos])
+
+
+# ---- files that are known by their content ---------------------------------------------------------
+
+
+@pytest.fixture
+def encoded(tiny_model, monkeypatch):
+    """Return a list that grows by the number of images of every pass of the encoder."""
+    passes = []
+    whole = type(tiny_model).encode_pixels
+
+    def count(self, pixels):
+        passes.append(len(pixels))
+        return whole(self, pixels)
+
+    monkeypatch.setattr(type(tiny_model), "encode_pixels", count)
+    return passes
+
+
+def features_by_name(engine):
+    names = [Path(path).name for path in engine.paths()]
+    return dict(zip(names, engine.features(), strict=True))
+
+
+def test_moved_copied_and_touched_files_are_not_encoded_again(engine, photos, tmp_path, encoded):
+    before = features_by_name(engine)
+    photos.rename(tmp_path / "moved")
+    photos.mkdir()
+    shutil.copy(tmp_path / "moved" / "red bar.png", photos / "copy.png")
+    report = engine.add([photos, tmp_path / "moved"])
+    assert (report.added, report.reused, report.removed, report.total) == (19, 19, 18, 19)
+    assert encoded == []
+    after = features_by_name(engine)
+    assert (after.pop("copy.png") == before["red bar.png"]).all()
+    assert all((after[name] == before[name]).all() for name in before)
+    os.utime(tmp_path / "moved" / "red bar.png")
+    report = engine.add([tmp_path / "moved"])
+    assert (report.updated, report.reused, report.unchanged) == (1, 1, 17)
+    assert engine.add([tmp_path / "moved"]).unchanged == 18
+    assert encoded == []
+
+
+@pytest.mark.parametrize("images_a_commit", [1, 512])
+def test_files_that_change_places_keep_their_own_features(
+    engine, photos, monkeypatch, encoded, images_a_commit
+):
+    """Each is the other's twin until the first of them is committed."""
+    monkeypatch.setattr(indexer, "COMMIT_IMAGES", images_a_commit)
+    before = features_by_name(engine)
+    one, other = photos / "red bar.png", photos / "blue circle.png"
+    swap = photos / "swap"
+    one.rename(swap)
+    other.rename(one)
+    swap.rename(other)
+    report = engine.add([photos])
+    assert (report.updated, report.total) == (2, 18)
+    assert sum(encoded) == (1 if images_a_commit == 1 else 0)
+    after = features_by_name(engine)
+    np.testing.assert_allclose(after["red bar.png"], before["blue circle.png"], atol=1e-3)
+    np.testing.assert_allclose(after["blue circle.png"], before["red bar.png"], atol=1e-3)
+    assert (after["red circle.png"] == before["red circle.png"]).all()
+
+
+def test_a_new_file_in_the_place_of_a_moved_one(engine, photos, encoded):
+    before = features_by_name(engine)
+    (photos / "red bar.png").rename(photos / "a moved bar.png")
+    draw("white", "circle", size=48).save(photos / "red bar.png")
+    report = engine.add([photos])
+    assert (report.added, report.updated, report.reused) == (1, 1, 1)
+    assert sum(encoded) == 1
+    assert (features_by_name(engine)["a moved bar.png"] == before["red bar.png"]).all()
