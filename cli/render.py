@@ -68,6 +68,12 @@ def print_title(text: str) -> None:
     typer.echo(printable(text))
 
 
+def print_lines(paths: Iterable[str]) -> None:
+    """Print paths byte for byte, one a line."""
+    for path in paths:
+        typer.echo(os.fsencode(path + "\n"), nl=False)
+
+
 def print_path(path: Path) -> None:
     """Print the path of a file that was made, byte for byte."""
     typer.echo(os.fsencode(path))

@@ -19,7 +19,8 @@ from typing import Any
 from .errors import StoreCorruptError, StoreError, StoreMissingError, StoreVersionError
 from .files import replace_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, SCHEMA_VERSION)  # what version 1 lacks is added when a segment is written again
 MANIFEST = "manifest.json"
 
 
@@ -122,7 +123,7 @@ def read_state(directory: Path) -> State:
         if content.pop("checksum") != _checksum(content):
             raise ValueError("the checksum differs")
         version = content["manifest"]["schema_version"]
-        if version == SCHEMA_VERSION:
+        if version in READABLE:
             return _parse(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, directory, str(error)) from error
@@ -147,7 +148,7 @@ def _parse(content: dict[str, Any]) -> State:
         {**segment, "removed": tuple(segment["removed"])} for segment in content["segments"]
     ]
     return State(
-        manifest=Manifest(**content["manifest"]),
+        manifest=Manifest(**content["manifest"] | {"schema_version": SCHEMA_VERSION}),
         next_id=content["next_id"],
         segments=tuple(Segment(**segment) for segment in segments),
     )

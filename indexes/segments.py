@@ -31,6 +31,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
 from .manifest import Manifest, Segment
 
 FEATURES = "features"
+CHECKSUM = "features_crc32"  # of each image's features, to tell which are damaged; not in version 1
 SUFFIX = ".parquet"
 
 
@@ -69,6 +70,7 @@ def make_table(
         [record.content_hash for record in records],
         [record.width for record in records],
         [record.height for record in records],
+        _checksums(features),
     ]
     schema = _schema(manifest)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=False)]
@@ -113,7 +115,8 @@ def read_records(folder: Path, segment: Segment) -> Iterator[tuple[int, ImageRec
         != segment.records_crc32
     ):
         raise ValueError("the checksum of the records differs")
-    names = [name for name in pq.read_schema(pa.BufferReader(content)).names if name != FEATURES]
+    stored = pq.read_schema(pa.BufferReader(content)).names
+    names = [name for name in stored if name not in (CHECKSUM, FEATURES)]
     table = pq.read_table(pa.BufferReader(content), columns=names, use_threads=False)
     columns = {name: table.column(name).to_pylist() for name in names}
     columns["path"] = [os.fsdecode(path) for path in columns["path"]]
@@ -141,8 +144,43 @@ def read_rows(folder: Path, segment: Segment) -> pa.Table:
         ValueError: the file is damaged.
         OSError: it cannot be read.
     """
-    table = _read(folder, segment, None)
+    table = _with_checksums(_read(folder, segment, None))
     return table.take(pa.array(segment.live, pa.int64())) if segment.removed else table
+
+
+def damaged_rows(folder: Path, segment: Segment) -> list[int]:
+    """The live rows whose features are damaged; all of them where that cannot be told.
+
+    Raises:
+        ValueError: the records are damaged too: the file says nothing that can be trusted.
+        OSError: it cannot be read.
+    """
+    content = _open(folder, segment)
+    start, end = segment.features_start, segment.features_end
+    if _records_crc32(content, start, end) != segment.records_crc32:
+        raise ValueError("the checksum of the records differs")
+    if zlib.crc32(memoryview(content)[start:end]) == segment.features_crc32:
+        return []
+    try:
+        table = pq.read_table(pa.BufferReader(content), columns=[CHECKSUM, FEATURES])
+        expected = table.column(CHECKSUM).to_pylist()
+        found = [zlib.crc32(value.as_py()) for value in table.column(FEATURES)]
+    except (pa.ArrowException, OSError, KeyError):
+        return segment.live
+    return [row for row in segment.live if found[row] != expected[row]]
+
+
+def rescue_rows(folder: Path, segment: Segment, damaged: Sequence[int]) -> pa.Table | None:
+    """The live rows but for damaged ones, with all columns; None where none is left.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    kept = sorted(set(segment.live) - set(damaged))
+    if not kept:
+        return None
+    table = pq.read_table(pa.BufferReader(_open(folder, segment)), use_threads=False)
+    return table.take(pa.array(kept, pa.int64()))
 
 
 def _schema(manifest: Manifest) -> pa.Schema:
@@ -157,9 +195,23 @@ def _schema(manifest: Manifest) -> pa.Schema:
             pa.field("content_hash", pa.string(), nullable=False),
             pa.field("width", pa.int32(), nullable=False),
             pa.field("height", pa.int32(), nullable=False),
+            pa.field(CHECKSUM, pa.uint32(), nullable=False),
             pa.field(FEATURES, pa.binary(shape[0] * shape[1] * 2), nullable=False, metadata=about),
         ]
     )
+
+
+def _checksums(features: npt.NDArray[Any]) -> list[int]:
+    return [zlib.crc32(np.ascontiguousarray(image, "<f2").data) for image in features]
+
+
+def _with_checksums(table: pa.Table) -> pa.Table:
+    """A table of version 1 with the checksums that it lacks."""
+    if CHECKSUM in table.column_names:
+        return table
+    sums = [zlib.crc32(value.as_py()) for value in table.column(FEATURES)]
+    field = pa.field(CHECKSUM, pa.uint32(), nullable=False)
+    return table.add_column(table.num_columns - 1, field, pa.array(sums, pa.uint32()))
 
 
 def _describe(path: Path) -> Segment:

@@ -18,6 +18,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,24 @@ from .manifest import (
 from .segments import (
     SUFFIX,
     ImageRecord,
+    damaged_rows,
     make_table,
     read_features,
     read_records,
     read_rows,
+    rescue_rows,
     write_segment,
 )
 
-__all__ = ["HASH_BYTES", "SCHEMA_VERSION", "ImageRecord", "Manifest", "Store", "hash_file"]
+__all__ = [
+    "HASH_BYTES",
+    "SCHEMA_VERSION",
+    "Damage",
+    "ImageRecord",
+    "Manifest",
+    "Store",
+    "hash_file",
+]
 
 SEGMENT_ROWS = (
     8192  # the most images a segment: 128 MB of 32 x 256 features, what a merge holds in memory
@@ -55,6 +66,17 @@ SEGMENT_ROWS = (
 _SEGMENTS = "segments"
 _LOCK = "write.lock"
 _OURS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")  # sweeping touches no other name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """What `Store.verify` found wrong with a segment."""
+
+    file: Path
+    reason: str
+    images: int  # how many are affected
+    rows: tuple[int, ...] | None  # which of the segment's; None: the whole file is lost
+    paths: tuple[str, ...]  # theirs; () where the file is lost, and nobody knows them
 
 
 class Store:
@@ -292,6 +314,59 @@ class Store:
             self._commit(segments, self._state.next_id)
             self._rows = rows
         self._sweep()
+
+    def verify(self) -> list[Damage]:
+        """Looks at every byte of the live segments; [] says that all is whole.
+
+        Raises:
+            StoreError: a file cannot be read.
+        """
+        return [damage for segment in self._state.segments for damage in self._damage(segment)]
+
+    def _damage(self, segment: Segment) -> list[Damage]:
+        """What is wrong with a segment: nothing, or one thing."""
+        path = self._folder / segment.file
+        try:
+            rows = damaged_rows(self._folder, segment)
+            if not rows:
+                return []
+            lost = set(rows)
+            records = zip(segment.live, read_records(self._folder, segment), strict=True)
+            paths = tuple(record.path for row, (_, record) in records if row in lost)
+            reason = "the checksum of the features differs"
+            return [
+                Damage(file=path, reason=reason, images=len(rows), rows=tuple(rows), paths=paths)
+            ]
+        except FileNotFoundError:
+            reason = "it is missing"
+        except ValueError as error:
+            reason = str(error)
+        except OSError as error:
+            raise StoreError(f"Cannot read {path}: {error.strerror or error}.") from error
+        return [Damage(file=path, reason=reason, images=len(segment), rows=None, paths=())]
+
+    def repair(self) -> list[Damage]:
+        """Drops what is damaged, and keeps the rest; what it returns is to be added again.
+
+        Raises:
+            StoreError: outside of `writing`, or the disk is full.
+        """
+        self._begin()
+        damages, segments = [], []
+        for segment in self._state.segments:
+            found = self._damage(segment)
+            damages += found
+            if not found:
+                segments.append(segment)
+            elif found[0].rows is not None:
+                with self._changing():
+                    kept = rescue_rows(self._folder, segment, found[0].rows)
+                    if kept is not None:
+                        segments.append(write_segment(self._folder, [kept]))
+        if damages:
+            self._commit(segments, self._state.next_id)
+            self._sweep()
+        return damages
 
     def _merge(self, group: list[Segment]) -> Segment:
         """One segment with the live rows of a group."""

@@ -22,7 +22,7 @@ from PIL import Image
 from ..indexes.base import SearchResult, search_any
 from ..indexes.errors import ModelMismatchError, StoreMissingError, VectorIndexError
 from ..indexes.flat import FaissIndex, faiss_build
-from ..indexes.store import SCHEMA_VERSION, ImageRecord, Manifest, Store
+from ..indexes.store import SCHEMA_VERSION, Damage, ImageRecord, Manifest, Store
 from .embedder import Embedder
 from .errors import CheckpointError, ImageReadError
 from .indexer import Indexer, IndexReport, OnProgress, SkippedFile, check_roots, make_plan
@@ -166,6 +166,36 @@ class SearchEngine:
             dim=model.embedding_size,
         )
         return Store.create(self.path, manifest, replace=rebuild)
+
+    def verify(self) -> list[Damage]:
+        """Look at every byte of the index; [] says that all is whole.
+
+        Raises:
+            StoreMissingError: there is no index.
+            StoreCorruptError: its manifest is damaged.
+        """
+        return Store.open(self.path).verify()
+
+    def repair(
+        self, on_progress: OnProgress | None = None
+    ) -> tuple[list[Damage], IndexReport | None]:
+        """Drop what is damaged, and encode again what is still there as a file.
+
+        Args:
+            on_progress: called with (files done, files to do).
+
+        Returns:
+            what was damaged, and what the indexer did; None where there was nothing to encode.
+
+        Raises:
+            StoreError, ModelMismatchError: as `add`.
+        """
+        store = Store.open(self.path)
+        with store.writing():
+            damages = store.repair()
+        self._index = None
+        paths = [path for damage in damages for path in damage.paths if os.path.exists(path)]
+        return damages, self.add(paths, on_progress=on_progress) if paths else None
 
     # ---- searching -----------------------------------------------------------------------------
 

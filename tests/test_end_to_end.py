@@ -129,3 +129,22 @@ def test_errors_are_one_sentence_with_a_way_out(run, photos, checkpoint, tmp_pat
     refused = run("query", "a bar", "--model", other, code=1)
     assert "--rebuild" in refused.stderr
     assert "no model" in run("index", photos, "--rebuild", "--model", "nonesuch", code=1).stderr
+
+
+def test_a_flipped_byte_is_found_and_mended(photos, run, checkpoint, tmp_path):
+    run("index", photos, "--model", checkpoint)
+    assert "18 images: all is whole" in run("verify").stderr
+    (segment,) = (tmp_path / "index" / "segments").glob("*.parquet")
+    state = json.loads((tmp_path / "index" / "manifest.json").read_text())["segments"][0]
+    content = bytearray(segment.read_bytes())
+    content[state["features_end"] - 1] ^= 1
+    segment.write_bytes(content)
+    assert "damaged" in run("query", "a red bar", code=1).stderr
+    found = run("verify", code=1)
+    (path,) = found.stdout.splitlines()
+    assert Path(path).parent == photos
+    assert "1 image damaged: mend it with `blip2-search verify --repair`" in found.stderr
+    mended = run("verify", "--repair")
+    assert "1 of 1 image encoded again" in mended.stderr
+    assert len(hits(run("query", "a red bar", "-k", 50, "--json"))) == 18
+    assert run("verify").stdout == ""

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from blip2_search.indexes import segments as segments_module
 from blip2_search.indexes import store as store_module
 from blip2_search.indexes.errors import (
     StoreCorruptError,
@@ -311,7 +312,7 @@ class TestRefusals:
         with pytest.raises(StoreError, match="Cannot write"):
             Store.create(tmp_path / "file" / "index", MANIFEST)
 
-    @pytest.mark.parametrize(("version", "help"), [(2, "upgrade"), (0, "--rebuild")])
+    @pytest.mark.parametrize(("version", "help"), [(3, "upgrade"), (0, "--rebuild")])
     def test_another_schema_version(self, store, version, help):
         other = dataclasses.replace(MANIFEST, schema_version=version)
         write_state(store.directory, State(manifest=other))
@@ -661,6 +662,118 @@ class TestDamage:
         with pytest.raises(StoreError, match="run the command again") as caught:
             reader.features()
         assert not isinstance(caught.value, StoreCorruptError)
+
+
+class TestVerify:
+    def test_a_whole_index(self, store):
+        assert store.verify() == []
+        add(store, "a", "b")
+        with store.writing():
+            store.remove(["/photos/a"])
+            assert store.repair() == []
+        assert store.verify() == []
+
+    def test_every_flipped_byte_is_found_and_its_image_named(self, store):
+        names = ["a", "b", "c", "d"]
+        add(store, *names)
+        with store.writing():
+            store.remove(["/photos/b"])
+        (file,) = segment_files(store)
+        (segment,) = read_state(store.directory).segments
+        good = file.read_bytes()
+        named = set()
+        for position in range(0, len(good), 2):
+            flipped = bytearray(good)
+            flipped[position] ^= 1 << position % 8
+            file.write_bytes(flipped)
+            found = Store.open(store.directory).verify()
+            if not found:  # a byte of b's features, which is dead
+                assert segment.features_start <= position < segment.features_end
+                continue
+            (damage,) = found
+            assert damage.file == file
+            assert damage.images == (3 if damage.rows is None else len(damage.paths))
+            inside = segment.features_start <= position < segment.features_end
+            assert (damage.rows is None) == (not inside)
+            named.add(damage.paths)
+        # One image each, and all three where the page's own header is hit.
+        singles = {(f"/photos/{name}",) for name in "acd"}
+        assert singles <= named <= singles | {(), ("/photos/a", "/photos/c", "/photos/d")}
+
+    def test_repair_keeps_what_is_whole(self, store):
+        add(store, "a", "b", "c")
+        add(store, "d")
+        (file,) = (
+            f
+            for f in segment_files(store)
+            if f.name == read_state(store.directory).segments[0].file
+        )
+        segment = read_state(store.directory).segments[0]
+        flipped = bytearray(file.read_bytes())
+        flipped[segment.features_end - 2 * Q * E - 1] ^= 1  # the last byte of b's features
+        file.write_bytes(flipped)
+        with store.writing():
+            (damage,) = store.repair()
+        assert damage.paths == ("/photos/b",)
+        assert_holds(store, "a", "c", "d")
+        assert store.verify() == []
+        assert store.ids.tolist() == [0, 2, 3]
+
+    def test_repair_drops_a_file_that_is_lost(self, store):
+        add(store, "a", "b")
+        add(store, "c")
+        first, _ = (s.file for s in read_state(store.directory).segments)
+        (store.directory / "segments" / first).unlink()
+        with store.writing():
+            (damage,) = store.repair()
+        assert (damage.rows, damage.paths, damage.images) == (None, (), 2)
+        assert "missing" in damage.reason
+        assert_holds(store, "c")
+
+    def test_repair_needs_the_lock(self, store):
+        with pytest.raises(StoreError, match="only within"):
+            store.repair()
+
+
+class TestVersion1:
+    """The first layout had no checksum of each image."""
+
+    @pytest.fixture
+    def old(self, store, monkeypatch):
+        whole = segments_module.make_table
+
+        def make_table(*arguments):
+            return whole(*arguments).drop_columns([segments_module.CHECKSUM])
+
+        monkeypatch.setattr(store_module, "make_table", make_table)
+        add(store, "a", "b")
+        add(store, "c")
+        monkeypatch.undo()
+        state = read_state(store.directory)
+        manifest = dataclasses.replace(state.manifest, schema_version=1)
+        write_state(store.directory, dataclasses.replace(state, manifest=manifest))
+        return Store.open(store.directory)
+
+    def test_it_is_read_and_grows(self, old):
+        assert_holds(old, "a", "b", "c")
+        assert old.verify() == []
+        add(old, "d")
+        with old.writing():
+            old.remove(["/photos/b"])
+            old.compact()
+        assert_holds(old, "a", "c", "d")
+        content = json.loads((old.directory / "manifest.json").read_text())
+        assert content["manifest"]["schema_version"] == 2
+        assert all("features_crc32" in pq.read_schema(file).names for file in segment_files(old))
+
+    def test_damage_names_the_whole_segment(self, old):
+        segment = read_state(old.directory).segments[0]
+        file = old.directory / "segments" / segment.file
+        flipped = bytearray(file.read_bytes())
+        flipped[segment.features_end - 1] ^= 1
+        file.write_bytes(flipped)
+        (damage,) = old.verify()
+        assert damage.paths == ("/photos/a", "/photos/b")
 
 
 def test_hash_file(tmp_path):
