@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..indexes.base import SearchResult, search_any
 from ..indexes.errors import ModelMismatchError, StoreMissingError, VectorIndexError
@@ -277,13 +279,20 @@ class SearchEngine:
         itc: npt.NDArray[np.float32],
         k: int,
     ) -> list[Hit]:
-        readable, pixels = [], []
-        for position, image in enumerate(images):
+        def pixels_of(image: int) -> Tensor | ImageReadError:
             try:
-                pixels.append(model.image_transform(self._rows[image].path))
-                readable.append(position)
+                return model.image_transform(self._rows[image].path)
             except ImageReadError as error:
-                log.warning("%s; left out (`blip2-search index` updates the index)", error)
+                return error
+
+        readable, pixels = [], []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter's lock
+            for position, found in enumerate(pool.map(pixels_of, images)):
+                if isinstance(found, Tensor):
+                    pixels.append(found)
+                    readable.append(position)
+                else:
+                    log.warning("%s; left out (`blip2-search index` updates the index)", found)
         if not readable:
             return []
         parts = torch.split(torch.stack(pixels), 32)
