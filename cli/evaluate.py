@@ -8,7 +8,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -215,7 +216,7 @@ def evaluate(
     from ..retrieval.loading import load_embedder
     from ..retrieval.reranking import DIRECTIONS
 
-    with Stages() as stages:
+    with _told_that_it_goes_on(), Stages() as stages:
         result = run(
             load_embedder(model, device=device, dtype="float32"),
             photos,
@@ -281,7 +282,7 @@ def _judge(
     from ..retrieval.loading import load_embedder
 
     read = read_judgements(judgements, images or judgements.parent, captions)
-    with Stages() as stages:
+    with _told_that_it_goes_on(), Stages() as stages:
         result: JudgementReport = judge(
             load_embedder(model, device=device),
             read,
@@ -297,6 +298,16 @@ def _judge(
         report.print_judgements(result, judgements.stem)
     if out is not None:
         write_result(described, out, shlex.join(["blip2-search", *sys.argv[1:]]))
+
+
+@contextmanager
+def _told_that_it_goes_on() -> Iterator[None]:
+    """Say on Ctrl-C what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        render.say("Interrupted. What was encoded is kept; the same command goes on from there.")
+        raise typer.Exit(130) from None
 
 
 def _refuse_recall_options(context: typer.Context) -> None:

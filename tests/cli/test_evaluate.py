@@ -170,3 +170,14 @@ def test_what_is_missing_is_said_with_its_place(run, tmp_path):
 )
 def test_wrong_usage_is_2(run, wrong):
     run("evaluate", *wrong, *(["--dataset", "coco"] if wrong else []), code=2)
+
+
+def test_ctrl_c_says_what_is_kept(evaluate, monkeypatch):
+    from blip2_search.retrieval import evaluation
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "match_pairs", interrupt)
+    done = evaluate("--rerank", 4, code=130)
+    assert "the same command goes on" in done.stderr
