@@ -132,9 +132,11 @@ def read_state(directory: Path) -> State:
 
 def damaged(path: Path, directory: Path, reason: str) -> StoreCorruptError:
     """The error for a damaged file of an index."""
-    return StoreCorruptError(
-        f"The index is damaged at {path} ({reason}): make it anew with {_rebuild(directory)}."
-    )
+    if path.name == MANIFEST:
+        help = f"make it anew with {_rebuild(directory)}"
+    else:
+        help = f"mend it with `blip2-search verify --repair --index {directory}`"
+    return StoreCorruptError(f"The index is damaged at {path} ({reason}): {help}.")
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -158,7 +160,7 @@ def _other_version(directory: Path, version: object) -> StoreVersionError:
     newer = isinstance(version, int) and version > SCHEMA_VERSION
     return StoreVersionError(
         f"The index in {directory} has schema version {version}, this program reads "
-        f"{SCHEMA_VERSION}: "
+        f"{' and '.join(map(str, READABLE))}: "
         + ("upgrade blip2-search." if newer else f"make it anew with {_rebuild(directory)}.")
     )
 

@@ -148,8 +148,10 @@ def read_rows(folder: Path, segment: Segment) -> pa.Table:
     return table.take(pa.array(segment.live, pa.int64())) if segment.removed else table
 
 
-def damaged_rows(folder: Path, segment: Segment) -> list[int]:
+def damaged_rows(folder: Path, segment: Segment) -> list[int] | None:
     """The live rows whose features are damaged; all of them where that cannot be told.
+
+    None says that the file is whole; [] that what is damaged belongs to no live image.
 
     Raises:
         ValueError: the records are damaged too: the file says nothing that can be trusted.
@@ -160,7 +162,7 @@ def damaged_rows(folder: Path, segment: Segment) -> list[int]:
     if _records_crc32(content, start, end) != segment.records_crc32:
         raise ValueError("the checksum of the records differs")
     if zlib.crc32(memoryview(content)[start:end]) == segment.features_crc32:
-        return []
+        return None
     try:
         table = pq.read_table(pa.BufferReader(content), columns=[CHECKSUM, FEATURES])
         expected = table.column(CHECKSUM).to_pylist()

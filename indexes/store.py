@@ -155,6 +155,11 @@ class Store:
         """What made the features."""
         return self._state.manifest
 
+    @property
+    def revision(self) -> object:
+        """Something that is equal as long as nothing was changed."""
+        return self._state
+
     def __len__(self) -> int:
         """N."""
         return sum(map(len, self._state.segments))
@@ -328,7 +333,7 @@ class Store:
         path = self._folder / segment.file
         try:
             rows = damaged_rows(self._folder, segment)
-            if not rows:
+            if rows is None:
                 return []
             lost = set(rows)
             records = zip(segment.live, read_records(self._folder, segment), strict=True)
@@ -337,7 +342,8 @@ class Store:
             return [
                 Damage(file=path, reason=reason, images=len(rows), rows=tuple(rows), paths=paths)
             ]
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            self._check_unchanged(error)
             reason = "it is missing"
         except ValueError as error:
             reason = str(error)
@@ -446,16 +452,20 @@ class Store:
         try:
             yield
         except FileNotFoundError as error:
-            if read_state(self._directory) != self._state:
-                raise StoreError(
-                    f"The index in {self._directory} was changed by another process while it was "
-                    "read: run the command again."
-                ) from error
+            self._check_unchanged(error)
             raise damaged(file, self._directory, "it is missing") from error
         except ValueError as error:
             raise damaged(file, self._directory, str(error)) from error
         except OSError as error:
             raise StoreError(f"Cannot read {file}: {error.strerror or error}.") from error
+
+    def _check_unchanged(self, error: FileNotFoundError) -> None:
+        """Tells a file that another process has merged away from one that is lost."""
+        if read_state(self._directory) != self._state:
+            raise StoreError(
+                f"The index in {self._directory} was changed by another process while it was "
+                "read: run the command again."
+            ) from error
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:

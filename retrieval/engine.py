@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..indexes.flat import FaissIndex, faiss_build
 from ..indexes.store import SCHEMA_VERSION, Damage, ImageRecord, Manifest, Store
 from .embedder import Embedder
 from .errors import CheckpointError, ImageReadError
-from .indexer import Indexer, IndexReport, OnProgress, SkippedFile, check_roots, make_plan
+from .indexer import Indexer, IndexReport, OnProgress, Plan, SkippedFile, check_roots, make_plan
 from .loading import DEFAULT_MODEL, load_embedder
 from .model import RetrievalModel, with_itm_head
 
@@ -97,6 +97,7 @@ class SearchEngine:
         self._model = None if isinstance(model, str) else model
         self._rows: list[ImageRecord] = []
         self._index: FaissIndex | None = None
+        self._revision: object = None  # of the store that the index was built from
 
     # ---- indexing ------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class SearchEngine:
             paths, [] if rebuild else self.paths()
         )  # a mistyped path leaves no empty index behind
         store = self._open_or_create(rebuild)
-        workers = workers or min(8, os.cpu_count() or 1)
+        workers = workers or _workers()
         with store.writing():
             plan = make_plan(paths, store.records)
             needed = self._given or plan.new or plan.changed  # given another: say so in any case
@@ -145,7 +146,7 @@ class SearchEngine:
             updated=indexer.updated,
             reused=indexer.reused,
             unchanged=plan.unchanged,
-            removed=len(plan.vanished),
+            removed=indexer.removed,
             skipped=tuple(plan.skipped),
             total=len(store),
             seconds=time.perf_counter() - start,
@@ -179,11 +180,14 @@ class SearchEngine:
         return Store.open(self.path).verify()
 
     def repair(
-        self, on_progress: OnProgress | None = None
+        self,
+        on_progress: OnProgress | None = None,
+        on_damage: Callable[[list[Damage]], None] | None = None,
     ) -> tuple[list[Damage], IndexReport | None]:
         """Drop what is damaged, and encode again what is still there as a file.
 
         Args:
+            on_damage: called with what is damaged before it is dropped.
             on_progress: called with (files done, files to do).
 
         Returns:
@@ -192,12 +196,32 @@ class SearchEngine:
         Raises:
             StoreError, ModelMismatchError: as `add`.
         """
+        start = time.perf_counter()
         store = Store.open(self.path)
         with store.writing():
-            damages = store.repair()
-        self._index = None
-        paths = [path for damage in damages for path in damage.paths if os.path.exists(path)]
-        return damages, self.add(paths, on_progress=on_progress) if paths else None
+            damages = store.verify()
+            files = [p for damage in damages for p in damage.paths if os.path.isfile(p)]
+            model = self._model_of(store) if files else None  # before anything is dropped
+            if on_damage is not None:
+                on_damage(damages)
+            store.repair()
+            self._index = None
+            if model is None:
+                return damages, None
+            plan = Plan(new=files)
+            indexer = Indexer(store, plan, on_progress)
+            finished = indexer.run(model, batch_size=32, workers=_workers())
+        return damages, IndexReport(
+            added=indexer.added,
+            updated=0,
+            reused=indexer.reused,
+            unchanged=0,
+            removed=0,
+            skipped=tuple(plan.skipped),
+            total=len(store),
+            seconds=time.perf_counter() - start,
+            interrupted=not finished,
+        )
 
     # ---- searching -----------------------------------------------------------------------------
 
@@ -286,7 +310,7 @@ class SearchEngine:
                 return error
 
         readable, pixels = [], []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter's lock
+        with ThreadPoolExecutor(_workers()) as pool:  # Pillow lets go of the interpreter's lock
             for position, found in enumerate(pool.map(pixels_of, images)):
                 if isinstance(found, Tensor):
                     pixels.append(found)
@@ -350,8 +374,9 @@ class SearchEngine:
                 f"The index in {self.path} is empty: fill it with `blip2-search index FOLDER`."
             )
         model = self._model_of(store)
-        if self._index is None:
+        if self._index is None or store.revision != self._revision:
             self._index, self._rows = FaissIndex(store.features()), store.records
+            self._revision = store.revision
         return self._index, model
 
     def _model_of(self, store: Store) -> Embedder:
@@ -384,6 +409,11 @@ class SearchEngine:
         if self._model is None:
             self._model = load_embedder(self._asked or default, device=self.device)
         return self._model
+
+
+def _workers() -> int:
+    """Return how many threads decode: one a processor, but no memory full of large photographs."""
+    return min(8, os.cpu_count() or 1)
 
 
 def _faiss_or_complaint() -> str:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..indexes.errors import StoreCorruptError
 from ..indexes.files import HASH_BYTES
 from ..indexes.store import ImageRecord, Store
 from .embedder import Embedder, PixelTransform
@@ -34,6 +35,7 @@ EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 )
 COMMIT_IMAGES = 512  # images between two commits ...
+COMMIT_COPIES = 8192  # ... of files whose features are known
 COMMIT_SECONDS = 20.0  # ... or seconds, whichever comes first
 
 OnProgress = Callable[[int, int], None]  # (files done, files to do)
@@ -235,6 +237,8 @@ class Indexer:
         self._known = {record.content_hash: record for record in store.records}
         self._now = {record.path: record.content_hash for record in store.records}
         self._copies: list[_Known] = []
+        self._reused = 0  # of the records that wait for a commit
+        self.removed = 0
         self._records: list[ImageRecord] = []
         self._features: list[np.ndarray[tuple[int, ...], np.dtype[np.float16]]] = []
         self._stale: list[str] = []
@@ -256,9 +260,8 @@ class Indexer:
             return False
         finally:
             self._commit()
-        self.store.remove(
-            self.plan.vanished
-        )  # last: files that were moved take their features along
+        # Last: files that were moved take their features along.
+        self.removed = self.store.remove(self.plan.vanished)
         return True
 
     def _encode_all(
@@ -310,14 +313,27 @@ class Indexer:
 
     def _commit_in_time(self) -> None:
         late = time.monotonic() - self._last_commit > COMMIT_SECONDS
-        if late or len(self._records) + len(self._copies) >= COMMIT_IMAGES:
+        # Copies cost little to make again, and reading a segment for few of them much.
+        if (
+            (self._records and late)
+            or len(self._records) >= COMMIT_IMAGES
+            or len(self._copies) >= COMMIT_COPIES
+        ):
             self._commit()
 
     def _commit(self) -> None:
-        records = self._records + [copy.record for copy in self._copies]
-        features = self._features
-        if self._copies:  # before their twins are removed
-            features = [*features, self.store.features_of([copy.twin for copy in self._copies])]
+        if self._copies:
+            # Once, before their twins are removed: an interrupt may lead here a second time.
+            copies, self._copies = self._copies, []
+            try:
+                copied = self.store.features_of([copy.twin for copy in copies])
+            except StoreCorruptError:
+                self._commit()  # what was encoded is kept
+                raise
+            self._features.append(copied)
+            self._records += [copy.record for copy in copies]
+            self._reused += len(copies)
+        records, features = self._records, self._features
         paths = [record.path for record in records]
         # New paths too: Ctrl-C may have come between an append's commit and here.
         self.store.remove(paths + self._stale)
@@ -326,10 +342,10 @@ class Indexer:
         replaced = sum(path in self._old for path in paths)
         self.updated += replaced
         self.added += len(records) - replaced
-        self.reused += len(self._copies)
+        self.reused += self._reused
         for record in records:
             self._now[record.path] = record.content_hash
         for path in self._stale:
             self._now.pop(path, None)
-        self._records, self._features, self._stale, self._copies = [], [], [], []
+        self._records, self._features, self._stale, self._reused = [], [], [], 0
         self._last_commit = time.monotonic()

@@ -145,6 +145,11 @@ def test_a_flipped_byte_is_found_and_mended(photos, run, checkpoint, tmp_path):
     assert Path(path).parent == photos
     assert "1 image damaged: mend it with `blip2-search verify --repair`" in found.stderr
     mended = run("verify", "--repair")
-    assert "1 of 1 image encoded again" in mended.stderr
+    assert "1 image damaged, 1 encoded again" in mended.stderr
+    assert mended.stdout.splitlines() == [path]
     assert len(hits(run("query", "a red bar", "-k", 50, "--json"))) == 18
     assert run("verify").stdout == ""
+    (segment,) = (tmp_path / "index" / "segments").glob("*.parquet")
+    segment.unlink()
+    assert "nobody can tell which" in run("verify", "--repair", code=1).stderr
+    assert "18 added" in run("index", photos).stderr

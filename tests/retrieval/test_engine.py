@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from PIL import Image
 
 from blip2_search.indexes.errors import (
     ModelMismatchError,
+    StoreCorruptError,
     StoreMissingError,
     VectorIndexError,
 )
+from blip2_search.indexes.manifest import read_state
 from blip2_search.indexes.store import Store
 from blip2_search.retrieval import indexer
 from blip2_search.retrieval.checkpoints import save_model
@@ -307,6 +310,7 @@ def test_files_that_change_places_keep_their_own_features(
 ):
     """Each is the other's twin until the first of them is committed."""
     monkeypatch.setattr(indexer, "COMMIT_IMAGES", images_a_commit)
+    monkeypatch.setattr(indexer, "COMMIT_COPIES", images_a_commit)
     before = features_by_name(engine)
     one, other = photos / "red bar.png", photos / "blue circle.png"
     swap = photos / "swap"
@@ -330,3 +334,89 @@ def test_a_new_file_in_the_place_of_a_moved_one(engine, photos, encoded):
     assert (report.added, report.updated, report.reused) == (1, 1, 1)
     assert sum(encoded) == 1
     assert (features_by_name(engine)["a moved bar.png"] == before["red bar.png"]).all()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("images_a_commit", [2, 512])
+def test_an_interrupt_in_a_commit_mixes_nothing_up(
+    engine, photos, monkeypatch, when, images_a_commit
+):
+    monkeypatch.setattr(indexer, "COMMIT_IMAGES", images_a_commit)
+    monkeypatch.setattr(indexer, "COMMIT_COPIES", images_a_commit)
+    before = features_by_name(engine)
+    one, other = photos / "red bar.png", photos / "blue circle.png"
+    one.rename(photos / "swap")
+    other.rename(one)
+    (photos / "swap").rename(other)
+    (photos / "green bar.png").rename(photos / "a moved bar.png")
+    draw("white", "circle", size=48).save(photos / "green bar.png")
+    os.utime(photos / "yellow bar.png")
+    whole, calls = Store.append, []
+
+    def interrupted(self, records, features):
+        calls.append(len(records))
+        if when == "after":
+            whole(self, records, features)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        if when == "before":
+            whole(self, records, features)
+
+    monkeypatch.setattr(Store, "append", interrupted)
+    with suppress(KeyboardInterrupt):
+        assert engine.add([photos]).interrupted
+    monkeypatch.undo()
+    engine.add([photos])
+    after = features_by_name(engine)
+    assert len(after) == 19
+    swapped = {"red bar.png": "blue circle.png", "blue circle.png": "red bar.png"}
+    swapped |= {"a moved bar.png": "green bar.png", "yellow bar.png": "yellow bar.png"}
+    for name, twin in swapped.items():
+        np.testing.assert_allclose(after[name], before[twin], atol=1e-3)
+    assert not np.allclose(after["green bar.png"], before["green bar.png"], atol=1e-3)
+
+
+def test_a_repair_that_cannot_encode_drops_nothing(photos, tmp_path, tiny_model, flip):
+    save_model(tiny_model, tmp_path / "model")
+    engine = SearchEngine(tmp_path / "index", str(tmp_path / "model"))
+    engine.add([photos])
+    flip(engine)
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    for _ in range(2):
+        with pytest.raises(ModelMismatchError, match="say where it is now with --model"):
+            SearchEngine(tmp_path / "index").repair()
+        assert len(SearchEngine(tmp_path / "index").verify()) == 1
+    damages, report = SearchEngine(tmp_path / "index", str(tmp_path / "elsewhere")).repair()
+    assert (len(damages[0].paths), report.added, report.total) == (1, 1, 18)
+
+
+def test_what_was_encoded_is_kept_when_a_twin_is_damaged(engine, photos, flip):
+    flip(engine)
+    os.utime(photos / "red bar.png")
+    draw("white", "circle", size=48).save(photos / "aaa new.png")
+    with pytest.raises(StoreCorruptError, match="verify --repair"):
+        engine.add([photos])
+    assert any(path.endswith("aaa new.png") for path in engine.paths())
+
+
+@pytest.fixture
+def flip():
+    """Return what flips the last byte of an index's features."""
+
+    def flip(engine):
+        (segment,) = read_state(engine.path).segments
+        file = engine.path / "segments" / segment.file
+        content = bytearray(file.read_bytes())
+        content[segment.features_end - 1] ^= 1
+        file.write_bytes(content)
+
+    return flip
+
+
+def test_an_engine_sees_what_another_process_changed(engine, photos, tmp_path, tiny_model):
+    vectors = tiny_model.encode_texts(["a red bar"])
+    engine.search_vectors(vectors, 1)
+    (photos / "blue bar.png").unlink()
+    SearchEngine(tmp_path / "index", tiny_model).add([photos])
+    found = engine.search_vectors(vectors, 99).images[0]
+    assert len(found) == len(engine.paths()) == 17
