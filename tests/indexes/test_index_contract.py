@@ -7,16 +7,23 @@ import numpy as np
 import pytest
 
 from blip2_search.indexes.base import search_any
+from blip2_search.indexes.bounded import BoundedIndex
 from blip2_search.indexes.errors import Blip2SearchError, VectorIndexError
 from blip2_search.indexes.exact import ExactIndex
 from blip2_search.indexes.flat import FaissIndex
 
 
-@pytest.fixture(params=["exact", "faiss", "faiss by fetching", "faiss by scanning"])
+@pytest.fixture(
+    params=["exact", "bounded", "one direction", "faiss", "faiss by fetching", "faiss by scanning"]
+)
 def build(request, force):
     """Return what makes an index; FAISS also with each of its two ways alone."""
     if request.param == "exact":
         return ExactIndex
+    if request.param == "bounded":
+        return BoundedIndex
+    if request.param == "one direction":
+        return lambda features: BoundedIndex(features, directions=1)
     force(request.param.removeprefix("faiss by "))
     return FaissIndex
 
