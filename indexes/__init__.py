@@ -4,6 +4,6 @@ Nothing here knows the model. Importing this package loads neither faiss nor pya
 when they need them:
 
 - `errors`: every error of the project.
-- `base`: the contract of an index; `exact` (numpy) and `flat` (FAISS) fulfil it.
+- `base`: the contract of an index; `exact` (numpy), `flat` (FAISS) and `bounded` fulfil it.
 - `store`: images and their features on disk, in Parquet.
 """
