@@ -73,9 +73,10 @@ def test_a_folder_of_odd_photographs(photos, run, checkpoint):
     ordered = [hit["score"] for hit in found]
     assert ordered == sorted(ordered, reverse=True)
 
-    paths = run("query", "a red circle", "-k", 3, "--paths").stdout.splitlines()
+    all_of_them = ("--rerank", 30)  # otherwise the best ten only
+    paths = run("query", "a red circle", "-k", 3, *all_of_them, "--paths").stdout.splitlines()
     assert paths == [hit["path"] for hit in found[:3]]
-    table = run("query", "a red circle", "-k", 2).stdout
+    table = run("query", "a red circle", "-k", 2, *all_of_them).stdout
     assert Path(paths[0]).name in table
     (twin,) = hits(run("query", "--image", photos / "red bar.png", "-k", 1, "--json"))
     assert Path(twin["path"]).name == "red bar.png"
