@@ -384,6 +384,8 @@ def write_result(described: dict[str, Any], out: Path, command: str) -> None:
     """
     from blip2_search import __version__
 
+    from ..indexes.files import replace_file
+
     content = described | {
         "command": command,
         "date": datetime.date.today().isoformat(),
@@ -391,8 +393,6 @@ def write_result(described: dict[str, Any], out: Path, command: str) -> None:
     }
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f"{out.name}.partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, out)
+        replace_file(out, (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
         raise Blip2SearchError(f"cannot write {out}: {error.strerror}") from error

@@ -59,8 +59,7 @@ def print_json(hits: Iterable[Hit]) -> None:
 
 def print_paths(hits: Iterable[Hit], end: str = "\n") -> None:
     """Print paths byte for byte, each with `end` behind it."""
-    for hit in hits:
-        typer.echo(os.fsencode(hit.path + end), nl=False)
+    print_lines((hit.path for hit in hits), end)
 
 
 def print_title(text: str) -> None:
@@ -68,10 +67,10 @@ def print_title(text: str) -> None:
     typer.echo(printable(text))
 
 
-def print_lines(paths: Iterable[str]) -> None:
-    """Print paths byte for byte, one a line."""
+def print_lines(paths: Iterable[str], end: str = "\n") -> None:
+    """Print paths byte for byte, each with `end` behind it."""
     for path in paths:
-        typer.echo(os.fsencode(path + "\n"), nl=False)
+        typer.echo(os.fsencode(path + end), nl=False)
 
 
 def print_path(path: Path) -> None:

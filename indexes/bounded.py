@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .base import Float32, Int64, SearchResult
-from .ranking import best_first, blocks, check_features, check_k, check_queries, similarities
+from .ranking import best_first, blocks, check_features, check_k, check_queries, similarities_of
 
 _ENERGY = 0.95  # of the vectors, that the directions must hold
 _STEP = 16  # directions come in multiples of it
@@ -159,7 +159,7 @@ class BoundedIndex:
             images = images[approximate >= last - 2 * margin]
         else:
             images = np.arange(self.num_images)
-        exact = self._similarities(images, query)
+        exact = similarities_of(self._features, images, query)
         best = best_first(exact, images, count)
         return images[best], exact[best]
 
@@ -170,13 +170,6 @@ class BoundedIndex:
             for part in blocks(len(images), self._features[:1].size, _CACHED):
                 vectors = self._features[images[part]].astype(np.float32)
                 scores[part] = (vectors @ query).max(axis=1)
-        return scores
-
-    def _similarities(self, images: Int64, query: Float32) -> Float32:
-        """The oracle's similarities of some images: (n,) -> (n,)."""
-        scores = np.empty(len(images), np.float32)
-        for part in blocks(len(images), self._features[:1].size, _IN_FLIGHT):
-            scores[part] = similarities(self._features[images[part]], query)
         return scores
 
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from .base import Float32, Int64, SearchResult
 from .errors import VectorIndexError
-from .ranking import best_first, blocks, check_features, check_k, check_queries, similarities
+from .ranking import best_first, blocks, check_features, check_k, check_queries, similarities_of
 
 _FIRST_FETCH = 16  # vectors fetched for each image wanted: those of an image come together
 _GROWTH = 4  # how many times more are fetched when that was too few
@@ -154,7 +154,7 @@ class FaissIndex:
         if len(images) < self.num_images and unseen >= cut:
             return False
         images = images[approximate >= cut]
-        scores = self._similarities(images, queries[row])
+        scores = similarities_of(self._vectors(), images, queries[row])
         best = best_first(scores, images, count)
         result.images[row], result.scores[row] = images[best], scores[best]
         return True
@@ -168,13 +168,6 @@ class FaissIndex:
         """
         length = float(np.linalg.norm(query.astype(np.float64)))
         return 1.01 * 2 * self.dim * (2.0**-24 * length * self._longest + 2.0**-149)
-
-    def _similarities(self, images: Int64, query: Float32) -> Float32:
-        """The oracle's similarities of some images: (n,) -> (n,)."""
-        scores = np.empty(len(images), np.float32)
-        for part in blocks(len(images), self._shape[1] * self.dim, _IN_FLIGHT):
-            scores[part] = similarities(self._vectors()[images[part]], query)
-        return scores
 
     def _vectors(self) -> Float32:
         """FAISS's own copy of the features, (N, Q, E): a view, no second copy."""

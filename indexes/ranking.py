@@ -15,6 +15,7 @@ import numpy.typing as npt
 from .base import Float32, Int64
 from .errors import VectorIndexError
 
+_GATHERED = 1 << 22  # numbers gathered at once: 16 MB in float32
 _BLOCK = 1 << 18  # float32 numbers in flight: 1 MB stays in a core's cache
 
 
@@ -80,6 +81,14 @@ def similarities(features: npt.NDArray[Any], query: Float32) -> Float32:
     for part in blocks(len(features), features[:1].size):
         products = np.multiply(features[part], query, dtype=np.float32)  # (n, Q, E)
         scores[part] = products.sum(axis=-1).max(axis=-1)
+    return scores
+
+
+def similarities_of(features: npt.NDArray[Any], images: Int64, query: Float32) -> Float32:
+    """Similarities of some images, by their numbers (n,), to one query: (n,); see `similarities`."""
+    scores = np.empty(len(images), np.float32)
+    for part in blocks(len(images), features[:1].size, _GATHERED):
+        scores[part] = similarities(features[images[part]], query)
     return scores
 
 

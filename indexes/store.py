@@ -351,22 +351,26 @@ class Store:
             raise StoreError(f"Cannot read {path}: {error.strerror or error}.") from error
         return [Damage(file=path, reason=reason, images=len(segment), rows=None, paths=())]
 
-    def repair(self) -> list[Damage]:
+    def repair(self, damages: list[Damage] | None = None) -> list[Damage]:
         """Drops what is damaged, and keeps the rest; what it returns is to be added again.
+
+        Args:
+            damages: of `verify`, within the same `writing`; None looks itself.
 
         Raises:
             StoreError: outside of `writing`, or the disk is full.
         """
         self._begin()
-        damages, segments = [], []
+        damages = self.verify() if damages is None else damages
+        by_file = {damage.file.name: damage for damage in damages}
+        segments = []
         for segment in self._state.segments:
-            found = self._damage(segment)
-            damages += found
-            if not found:
+            damage = by_file.get(segment.file)
+            if damage is None:
                 segments.append(segment)
-            elif found[0].rows is not None:
+            elif damage.rows is not None:
                 with self._changing():
-                    kept = rescue_rows(self._folder, segment, found[0].rows)
+                    kept = rescue_rows(self._folder, segment, damage.rows)
                     if kept is not None:
                         segments.append(write_segment(self._folder, [kept]))
         if damages:

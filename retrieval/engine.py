@@ -206,7 +206,7 @@ class SearchEngine:
             model = self._model_of(store) if files else None  # before anything is dropped
             if on_damage is not None:
                 on_damage(damages)
-            store.repair()
+            store.repair(damages)
             self._index = None
             if model is None:
                 return damages, None
