@@ -20,7 +20,8 @@ from .data import CaptionedImage, captions_and_owners
 from .embedder import Embedder, Float32
 from .engine import SearchEngine
 from .errors import DatasetError, DeviceMemoryError
-from .feature_cache import cached_features, plain_tokens
+from .feature_cache import TokenCache, cached_features, plain_tokens
+from .itm_cache import ItmCache, itm_cache_name
 from .metrics import bootstrap_intervals, rank_statistics
 from .model import Precision, RetrievalModel, autocast, itc_similarities, with_itm_head
 from .report import Depth, RetrievalReport
@@ -82,8 +83,8 @@ def evaluate(
         precision: of the encoder and of ITM, by autocast; what ITC compares is computed in the
             model's own. None is fp16 on a GPU and fp32 elsewhere.
         memory: bytes of image tokens that are held at once. All of them are kept in fp16 on disk.
-        cache: the folder of encoded images, with which a killed evaluation goes on and another depth
-            costs no encoding; None is a temporary one.
+        cache: the folder of encoded images and scored pairs, with which a killed evaluation goes on
+            and another depth costs only what is new; None is a temporary one.
         index: the folder of a `SearchEngine`'s index: text queries then go through it, and images
             are compared as it has stored them. Made, or completed, if need be.
         prepare: called with the name of a long piece of work, gives its progress callback.
@@ -128,6 +129,7 @@ class _Evaluation:
     memory: int
     announce: Prepare
     clock: _Clock = field(default_factory=_Clock)
+    rates: dict[str, float] = field(default_factory=dict)
 
     def run(
         self,
@@ -157,7 +159,7 @@ class _Evaluation:
                     rankings = rank_by_itc(itc, owner, max(self.depth, 1), self.directions)
             else:
                 rankings = self._rank_through(SearchEngine(index, model), images, texts, owner)
-            logits = self._match(tokens.images, captions, rankings) if self.depth else {}
+            logits = self._match(tokens, captions, rankings) if self.depth else {}
 
         def ranks_at(k: int) -> dict[str, Int64]:
             return {
@@ -165,11 +167,9 @@ class _Evaluation:
                 for direction, ranking in rankings.items()
             }
 
-        rates = {"texts": len(captions) / clock.seconds["texts"]}
+        rates = self.rates | {"texts": len(captions) / clock.seconds["texts"]}
         if tokens.computed:
             rates["images"] = tokens.computed / clock.seconds["images"]
-        if self.depth:
-            rates["pairs"] = clock.seconds.pop("pairs") / clock.seconds["rerank"]
         reported = {"itc": ranks_at(0)}
         if self.rerank:
             reported["itc+itm"] = ranks_at(self.rerank)
@@ -213,18 +213,24 @@ class _Evaluation:
 
     def _match(
         self,
-        image_tokens: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.float16]]],
+        tokens: TokenCache,
         captions: Sequence[str],
         rankings: dict[Direction, Ranking],
     ) -> dict[Direction, Float32]:
         """Return the ITM logits (R, K) of the candidates of each direction."""
+        model = with_itm_head(self.model)
         pairs = pairs_to_match(rankings, len(captions))
-        with self.clock("rerank"), autocast(self.model.device, self.precision):
+        folder = tokens.folder / itm_cache_name(model, captions, self.precision)
+        with (
+            self.clock("rerank"),
+            autocast(model.device, self.precision),
+            ItmCache(folder) as cache,
+        ):
             itm = match_pairs(
-                with_itm_head(self.model), image_tokens, captions, pairs,
-                memory=self.memory, on_progress=self.announce("Reranking pairs"),
+                model, tokens.images, captions, pairs,
+                memory=self.memory, cache=cache, on_progress=self.announce("Reranking pairs"),
             )  # fmt: skip
-        self.clock.seconds["pairs"] = len(pairs)
+        self.rates["pairs"] = cache.pairs / cache.seconds
         return {direction: itm[places] for direction, places in pairs.positions.items()}
 
     def _seconds_an_image(self, images: Sequence[CaptionedImage]) -> float:

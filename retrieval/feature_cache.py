@@ -42,6 +42,7 @@ class TokenCache:
     rows: list[int]  # of the paths that were asked for: those that could be read
     tokens: list[npt.NDArray[np.float16]]  # one (V, P, D) a row, memory-mapped and read-only
     skipped: list[str]  # a reason for each of the others, which names the file
+    folder: Path  # of the cache
     computed: int = 0  # how many of the paths were not in the cache before
 
     @property
@@ -83,7 +84,7 @@ def encoder_tokens(
     folder = directory / _cache_key(model, paths, settings)
     folder.mkdir(parents=True, exist_ok=True)
     draw = _Views(model.image_transform, data, views, seed)
-    cache, computed = TokenCache([], [], []), 0
+    cache, computed = TokenCache([], [], [], folder), 0
     for chunk in _batches(len(paths), IMAGES_A_FILE):
         file = folder / f"{chunk.start:08d}.arrow"
         if not file.exists():

@@ -225,10 +225,19 @@ class RetrievalModel(nn.Module):
         out = self.qformer(token_ids=text.token_ids, mask=uni_modal_mask(0, text.mask))
         return _normalise(self.text_proj(out.text[:, 0]))
 
-    def match_logits(self, image_tokens: Tensor, text: TextBatch) -> Tensor:
-        """Return ITM logits (B, 2), averaged over the queries, of pairs (B, P, D) and text."""
+    def match_logits(
+        self, image_tokens: Tensor, text: TextBatch, image_of: Tensor | None = None
+    ) -> Tensor:
+        """Return ITM logits (B, 2), averaged over the queries, of pairs (B, P, D) and text.
+
+        With `image_of` (B,), int64, the tokens are those of N images, (N, P, D), and it names each
+        text's; what is an image's alone is then computed once.
+        """
         mask = bi_directional_mask(self.config.qformer.num_queries, text.mask)
-        out = self.qformer(image_tokens=image_tokens, token_ids=text.token_ids, mask=mask)
+        out = self.qformer(
+            image_tokens=image_tokens, token_ids=text.token_ids, mask=mask,
+            image_of=image_of, queries_only=True,
+        )  # fmt: skip
         head = self.itm_head
         with torch.autocast(self.device.type, enabled=False):  # rankings hang on small differences
             logits = F.linear(out.queries.float(), head.weight.float(), head.bias.float())

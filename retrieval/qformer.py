@@ -101,11 +101,15 @@ class QFormerLayer(nn.Module):
         image_tokens: Tensor | None,
         mask: Tensor | None,
         past: KeyValue | None,
+        image_of: Tensor | None,
+        *,
+        queries_only: bool,
     ) -> tuple[Tensor | None, Tensor | None, KeyValue]:
         """Return the two halves, (B, Q, H) and (B, T, H), and the keys and values of this layer.
 
         `past` are the keys and values of a query half that was computed before; the text then
-        attends to them as if the queries stood in front of it.
+        attends to them as if the queries stood in front of it. With `queries_only` the queries
+        attend to the text, and nothing else is computed of it: None.
         """
         num_queries = 0 if queries is None else queries.shape[1]
         hidden = torch.cat([half for half in (queries, text) if half is not None], dim=1)
@@ -116,12 +120,17 @@ class QFormerLayer(nn.Module):
                 torch.cat((past[0], keys_values[0]), dim=2),
                 torch.cat((past[1], keys_values[1]), dim=2),
             )
+        if queries_only:
+            hidden, text = hidden[:, :num_queries], None
+            mask = None if mask is None else mask[:, :, :num_queries]
         hidden = self.self_attention(hidden, seen, mask)
         if queries is not None:
             queries = hidden[:, :num_queries]
             if self.cross_attention is not None and image_tokens is not None:
-                source = self.cross_attention.keys_values(image_tokens)
-                queries = self.cross_attention(queries, source, None)
+                keys, values = self.cross_attention.keys_values(image_tokens)
+                if image_of is not None:
+                    keys, values = keys[image_of], values[image_of]
+                queries = self.cross_attention(queries, (keys, values), None)
             queries = self.query_ffn(queries)
         if text is not None:
             text = self.text_ffn(hidden[:, num_queries:])
@@ -176,6 +185,8 @@ class QFormer(nn.Module):
         token_ids: Tensor | None = None,
         mask: Tensor | None = None,
         past: Sequence[KeyValue] = (),
+        image_of: Tensor | None = None,
+        queries_only: bool = False,
     ) -> QFormerOutput:
         """Run the query half, the text half, or both.
 
@@ -186,13 +197,17 @@ class QFormer(nn.Module):
                 what it attends to; None lets everything see everything.
             past: `query_keys_values` of an earlier pass over the same images, in place of
                 `image_tokens`; the mask's rows are then the text's alone.
+            image_of: (B,), int64; `image_tokens` are then (N, P, D), and it tells which of the N
+                each of the batch looks at. Their keys and values are projected once.
+            queries_only: leave out the text's part of the last layer, which no query sees.
 
         Raises:
             ValueError: neither half was given.
         """
         queries = text = None
         if image_tokens is not None:
-            queries = self.query_tokens.expand(len(image_tokens), -1, -1)
+            batch = len(image_tokens if image_of is None else image_of)
+            queries = self.query_tokens.expand(batch, -1, -1)
             queries = self.dropout(self.embedding_norm(queries))
         if token_ids is not None:
             positions = self.position_embeddings.weight[: token_ids.shape[1]]
@@ -201,11 +216,13 @@ class QFormer(nn.Module):
             raise ValueError("the Q-Former needs image tokens, text tokens, or both")
         keys_values = []
         for i, layer in enumerate(self.layers):
-            layer_past = past[i] if past else None
-            queries, text, layer_kv = layer(queries, text, image_tokens, mask, layer_past)
+            queries, text, layer_kv = layer(
+                queries, text, image_tokens, mask, past[i] if past else None, image_of,
+                queries_only=queries_only and i == len(self.layers) - 1,
+            )  # fmt: skip
             keys_values.append(layer_kv)
         # Reusable only from a pass over the queries alone: then no text has touched them.
-        reusable = tuple(keys_values) if text is None else ()
+        reusable = tuple(keys_values) if token_ids is None else ()
         return QFormerOutput(queries, text, reusable)
 
 

@@ -9,6 +9,7 @@ N images, B texts, R queries of a direction, K candidates of each, P image token
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from .errors import ScoreError
+from .itm_cache import ItmCache
 from .metrics import image_ranks, text_ranks
 from .model import MATCH, RetrievalModel
 
@@ -31,6 +33,7 @@ DIRECTIONS: tuple[Direction, ...] = ("tr", "ir")
 MEMORY = 2 << 30  # bytes of image tokens that are held at once
 _ROWS = 512  # queries sorted at once
 _PAIRS, _PAIRS_ON_GPU = 64, 512  # pairs a pass
+_GROUP = 16  # passes over which pairs are sorted by the length of their captions
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,12 +142,13 @@ def match_pairs(
     pairs: Pairs,
     *,
     memory: int = MEMORY,
+    cache: ItmCache | None = None,
     on_progress: OnProgress | None = None,
 ) -> Float32:
     """Return the ITM logit "these match" of every pair (M,), raw, no softmax.
 
-    The images pass by once, as many at a time as fit into memory; of theirs, pairs with captions of
-    like length go together, to waste no padding.
+    The images pass by once, a few at a time: what is an image's alone is computed once for all of its
+    texts. Of their pairs, those with captions of like length go together, to waste no padding.
 
     Args:
         model: the model.
@@ -152,33 +156,41 @@ def match_pairs(
         captions: B.
         pairs: what to score.
         memory: bytes of image tokens that are held at once; one image's are held in any case.
+        cache: logits of earlier runs over the same images and captions; the others are added.
         on_progress: called with (pairs scored, pairs to score).
 
     Raises:
         ScoreError: a logit is no number.
     """
+    scores = np.full(len(pairs), np.nan, np.float32)
+    if cache is not None:
+        scores = cache.known(pairs.images, pairs.texts)
+    missing = np.flatnonzero(np.isnan(scores))
     text = model.text_transform(captions)
     lengths = text.mask.sum(dim=1).numpy()
-    scores = np.empty(len(pairs), np.float32)
-    done = 0
-    for images, rows in _image_blocks(encoder_tokens, pairs, memory):
-        # Normalised pair by pair below: all of them in the model's own dtype would take twice as much.
-        block = torch.from_numpy(np.stack([encoder_tokens[image] for image in images]))
-        block = block.to(model.device)
+    size = _PAIRS if model.device.type == "cpu" else _PAIRS_ON_GPU
+    done = len(pairs) - len(missing)
+    for group in _image_groups(pairs.images[missing], _GROUP * size, encoder_tokens, memory):
+        start = time.perf_counter()
+        rows = missing[group]
         rows = rows[np.argsort(lengths[pairs.texts[rows]], kind="stable")]
-        size = _PAIRS if model.device.type == "cpu" else _PAIRS_ON_GPU
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            places = torch.from_numpy(np.searchsorted(images, pairs.images[batch]))
+        for batch in np.split(rows, range(size, len(rows), size)):
+            images, places = np.unique(pairs.images[batch], return_inverse=True)
+            tokens = torch.from_numpy(np.stack([encoder_tokens[image] for image in images]))
             texts = text.select(torch.from_numpy(pairs.texts[batch])).trimmed().to(model.device)
-            tokens = model.normalise_tokens(block[places.to(model.device)].to(model.dtype))
-            logits = model.match_logits(tokens, texts)
+            logits = model.match_logits(
+                model.normalise_tokens(tokens.to(model.device, model.dtype)),
+                texts,
+                torch.from_numpy(places.ravel()).to(model.device),
+            )
             scores[batch] = logits[:, MATCH].float().cpu().numpy()
             done += len(batch)
             if on_progress is not None:
                 on_progress(done, len(pairs))
-        del block  # before the next is read
-    check_finite(scores, "ITM logits")
+        check_finite(scores[rows], "ITM logits")
+        if cache is not None:
+            seconds = time.perf_counter() - start
+            cache.add(pairs.images[rows], pairs.texts[rows], scores[rows], seconds)
     return scores
 
 
@@ -192,15 +204,20 @@ def check_finite(scores: Float32, what: str) -> None:
         raise ScoreError(f"some {what} are no numbers: a higher precision, as fp32, may help")
 
 
-def _image_blocks(
-    encoder_tokens: Sequence[Float16], pairs: Pairs, memory: int
-) -> Iterator[tuple[Int64, Int64]]:
-    """Give the images that fit into memory together, ascending, and the rows of their pairs."""
-    images = np.unique(pairs.images)
+def _image_groups(
+    images: Int64, size: int, encoder_tokens: Sequence[Float16], memory: int
+) -> Iterator[slice]:
+    """Give slices of pairs (M,), sorted by image: whole images that fit into memory together.
+
+    A slice ends with the image that fills `size` pairs.
+    """
     if not len(images):
         return
-    count = max(1, memory // encoder_tokens[0].nbytes)
-    for start in range(0, len(images), count):
-        block = images[start : start + count]
-        first, last = np.searchsorted(pairs.images, [block[0], block[-1] + 1])
-        yield block, np.arange(first, last)
+    starts = np.flatnonzero(np.diff(images, prepend=-1))  # the first pair of each image
+    most = max(1, memory // encoder_tokens[0].nbytes)  # images
+    first = 0
+    while first < len(starts):
+        last = np.searchsorted(starts, starts[first] + size)
+        last = min(max(last, first + 1), first + most, len(starts))
+        yield slice(starts[first], starts[last] if last < len(starts) else len(images))
+        first = last

@@ -1,0 +1,100 @@
+"""ITM logits on disk: a killed evaluation goes on, and a deeper rerank costs only the new pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from ..indexes.files import replace_file
+from .embedder import Float32
+from .model import RetrievalModel
+
+Int64 = npt.NDArray[np.int64]
+_SECONDS_A_FILE = 30.0  # what a kill may lose
+
+
+class ItmCache:
+    """Logits of pairs of images and captions that were scored before; a context manager.
+
+    A folder of files, each there whole or not at all: pairs, their logits, and the seconds that they
+    took.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is in a folder, which is made if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._new: list[tuple[Int64, Float32, float]] = []
+        self._written = time.monotonic()
+        self.pairs, self.seconds = 0, 0.0  # that were scored, now and before
+        ids, logits = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+        for file in sorted(folder.glob("*.npz")):
+            with np.load(file) as saved:
+                ids.append(saved["ids"])
+                logits.append(saved["logits"])
+                self.seconds += float(saved["seconds"])
+        self._ids, first = np.unique(np.concatenate(ids), return_index=True)
+        self._logits: Float32 = np.concatenate(logits)[first]
+        self.pairs = sum(map(len, ids))
+
+    def __enter__(self) -> ItmCache:
+        """Give the cache itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write what is new, after an interrupt too."""
+        self._write()
+
+    def known(self, images: Int64, texts: Int64) -> Float32:
+        """Return the logits (M,) of pairs; NaN for one that was not scored yet."""
+        ids = _ids(images, texts)
+        places = np.searchsorted(self._ids, ids)
+        found = np.full(len(ids), np.nan, np.float32)
+        hit = places < len(self._ids)
+        hit[hit] = self._ids[places[hit]] == ids[hit]
+        found[hit] = self._logits[places[hit]]
+        return found
+
+    def add(self, images: Int64, texts: Int64, logits: Float32, seconds: float) -> None:
+        """Keep the logits (M,) of pairs that took so many seconds."""
+        self._new.append((_ids(images, texts), logits, seconds))
+        self.pairs += len(logits)
+        self.seconds += seconds
+        if time.monotonic() - self._written > _SECONDS_A_FILE:
+            self._write()
+
+    def _write(self) -> None:
+        if not self._new:
+            return
+        ids, logits, seconds = zip(*self._new, strict=True)
+        content = io.BytesIO()
+        np.savez(
+            content, ids=np.concatenate(ids), logits=np.concatenate(logits), seconds=sum(seconds)
+        )
+        replace_file(self._folder / f"{uuid.uuid4().hex}.npz", content.getvalue())
+        self._new, self._written = [], time.monotonic()
+
+
+def itm_cache_name(model: RetrievalModel, captions: Sequence[str], settings: str) -> str:
+    """Return the name of the folder for these captions: logits hang on the whole model."""
+    digest = hashlib.blake2b(f"{settings} {model.fingerprint}".encode(), digest_size=12)
+    for caption in captions:
+        digest.update(f"\0{caption}".encode())
+    return f"itm-{digest.hexdigest()}"
+
+
+def _ids(images: Int64, texts: Int64) -> Int64:
+    return images << 32 | texts
