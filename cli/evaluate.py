@@ -182,8 +182,8 @@ def evaluate(
     caption of the image is among the first, IR (text to image) when the caption's image is. Percent,
     with 95 % intervals from resampled images.
 
-    What was encoded is kept: a killed evaluation goes on from there, and another depth of rerank
-    encodes nothing.
+    What was encoded and scored is kept: a killed evaluation goes on from there, and another depth of
+    rerank costs what is new in it.
 
     Layouts under --root:
       flickr30k/dataset_flickr30k.json   flickr30k/flickr30k-images/*.jpg
@@ -306,7 +306,9 @@ def _told_that_it_goes_on() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        render.say("Interrupted. What was encoded is kept; the same command goes on from there.")
+        render.say(
+            "Interrupted. What was encoded and scored is kept; the same command goes on from there."
+        )
         raise typer.Exit(130) from None
 
 

@@ -174,3 +174,27 @@ def test_caption_pass_reuses_the_query_pass(tiny_model):
 def test_a_pass_with_text_gives_no_reusable_keys(qformer, inputs):
     assert qformer(**inputs).query_keys_values == ()
     assert len(qformer(image_tokens=inputs["image_tokens"]).query_keys_values) == 3
+
+
+@torch.no_grad()
+def test_images_that_share_their_tokens(tiny_model):
+    config = tiny_model.config.qformer
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 4, config.image_token_size)
+    ids = torch.randint(4, config.vocab_size, (3, 6))
+    mask = torch.arange(6) < torch.tensor([[6], [4], [2]])
+    image_of = torch.tensor([1, 0, 1])
+    shared = tiny_model.match_logits(tokens, TextBatch(ids, mask), image_of)
+    alone = tiny_model.match_logits(tokens[image_of], TextBatch(ids, mask))
+    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=0)
+    assert (shared[0] - shared[1]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_queries_only_leaves_the_queries_as_they_are(qformer, inputs):
+    mask = bi_directional_mask(Q, torch.tensor([[True] * (T - 1) + [False]]))
+    full = qformer(**inputs, mask=mask)
+    alone = qformer(**inputs, mask=mask, queries_only=True)
+    torch.testing.assert_close(alone.queries, full.queries, atol=1e-5, rtol=0)
+    assert alone.text is None
+    assert alone.query_keys_values == ()
