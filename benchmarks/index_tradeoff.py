@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..indexes.base import SearchResult
-from ..indexes.bounded import BoundedIndex
+from ..indexes.bounded import index_in_memory
 from ..indexes.flat import FaissIndex
 from ..retrieval.engine import SearchEngine
 from ..retrieval.loading import load_embedder
@@ -153,7 +153,7 @@ def main() -> None:
         "numpy": lambda: brute_force(features),
         **{f"FAISS {name}": lambda name=name: faiss_kind(features, name) for name in args.faiss},  # type: ignore[misc]
     }
-    exact = BoundedIndex(features).search(queries, K).images
+    exact = index_in_memory(features).search(queries, K).images
     results: dict[str, dict[str, float]] = {}
     for name, build in builders.items():
         start = time.perf_counter()
@@ -174,7 +174,7 @@ def _flat(features: npt.NDArray[np.float16]) -> tuple[Search, int]:
 
 
 def _bounded(features: npt.NDArray[np.float16]) -> tuple[Search, int]:
-    index = BoundedIndex(features)
+    index = index_in_memory(features)
     return images_only(index.search), index.nbytes
 
 

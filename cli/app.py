@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..indexes.errors import Blip2SearchError
-from . import demo, evaluate, index, info, models, options, query, render, train, verify
+from . import compact, demo, evaluate, index, info, models, options, query, render, train, verify
 
 
 class ErrorBoundary(TyperGroup):
@@ -91,7 +91,8 @@ def _help(command: Callable[..., None]) -> str:
 
 app.callback(help=_help(start))(start)
 for _command in (
-    index.index, query.query, info.info, verify.verify, models.models, demo.demo, train.train, evaluate.evaluate
+    index.index, query.query, info.info, verify.verify, compact.compact, models.models, demo.demo,
+    train.train, evaluate.evaluate,
 ):  # fmt: skip
     app.command(help=_help(_command))(_command)
 

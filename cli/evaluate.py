@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -201,7 +200,7 @@ def evaluate(
     if through_index is not None and dense:
         raise typer.BadParameter("it excludes --through-index", param_hint="--dense")
     depths = _depths(sweep_rerank)
-    budget = _bytes(memory)
+    budget = options.byte_size(memory)
     if depths:
         report.check_plotting(plot)
     if out is not None:
@@ -346,22 +345,6 @@ def _depths(text: str | None) -> list[int]:
     if min(depths) < 0:
         raise typer.BadParameter("give depths as 0,8,32,128", param_hint="--sweep-rerank")
     return depths
-
-
-def _bytes(text: str) -> int:
-    """Read a size.
-
-    >>> _bytes("2GB"), _bytes("512 MB"), _bytes("1000")
-    (2000000000, 512000000, 1000)
-    """
-    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)B?", text.strip().upper())
-    try:
-        number = float(match[1]) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or number <= 0:
-        raise typer.BadParameter("give a size as 2GB or 512MB", param_hint="--memory")
-    return int(number * 1000 ** " KMGT".index(match[2] or " "))
 
 
 def say_skipped(reasons: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import warnings
 from pathlib import Path
@@ -55,6 +56,22 @@ def index_flag(index: Path) -> str:
     """Return what a suggested command has to add in order to find this index."""
     found = index == default_index() or str(index) == os.environ.get(INDEX_VARIABLE)
     return "" if found else f" --index {shlex.quote(str(index))}"
+
+
+def byte_size(text: str) -> int:
+    """Read a size.
+
+    >>> byte_size("2GB"), byte_size("512 MB"), byte_size("1000")
+    (2000000000, 512000000, 1000)
+    """
+    match = re.fullmatch(r"([\d.]+)\s*([KMGT]?)B?", text.strip().upper())
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or number <= 0:
+        raise typer.BadParameter("give a size as 2GB or 512MB", param_hint="--memory")
+    return int(number * 1000 ** " KMGT".index(match[2] or " "))
 
 
 IndexOption = Annotated[

@@ -90,11 +90,22 @@ def print_info(info: IndexInfo) -> None:
         "model": f"{info.model_name} (fingerprint {info.model_fingerprint})",
         "preprocessing": settings,
         "layout": f"version {info.schema_version}",
-        "FAISS": info.faiss,
+        "search": _search_kind(info),
     }
     width = max(map(len, rows))
     for name, value in rows.items():
         typer.echo(f"{name:<{width}}  {printable(value)}")
+
+
+def _search_kind(info: IndexInfo) -> str:
+    through = f"through {size(info.search_bytes)} a query"
+    recall = info.recall
+    if recall is None:
+        return f"exact, {through}"
+    found = f"recall@10 of exact {recall.recall_at_10:.4f}, recall@128 {recall.recall_at_128:.4f}"
+    if recall.candidates is None:
+        return f"exact, {through}: compact finds too little ({found})"
+    return f"compact, {through}: {found} ({recall.candidates:,} candidates, {recall.queries} texts)"
 
 
 def print_info_json(info: IndexInfo) -> None:

@@ -64,7 +64,8 @@ def _describe(damages: Sequence[Damage]) -> None:
 
 
 def _affected(damages: Sequence[Damage]) -> str:
-    return f"{render.images(sum(damage.images for damage in damages))} damaged"
+    images = sum(damage.images for damage in damages)
+    return f"{render.images(images)} damaged" if images else "no image's features are damaged"
 
 
 def _summarise(damages: Sequence[Damage], report: IndexReport | None) -> None:

@@ -1,94 +1,118 @@
-"""Exact search that looks at a few directions of every vector, and at all of a few images.
+"""Search that looks at a few numbers of every image, and at all of a few images.
 
 N images, Q vectors an image, B queries, E numbers a vector, K = min(k, N) results; d directions.
 
-The vectors of a retrieval model fill few of their E directions: of `mini`'s 256, the first 48 hold
-97 % of their energy. With orthonormal directions U (E, d), and what they leave of v and q,
+A shortcut (see `shortcuts`) has a bound for every image that its similarity cannot exceed. An image
+whose bound is below K similarities that are known is no answer, and is never looked at. Of the
+others, those that rounding may have put in the wrong order are scored as the oracle does, so that
+the answer is the oracle's to the last bit. That is the kind "exact".
 
-    q . v  <=  (U'q) . (U'v) + |q - UU'q| |v - UU'v|
-
-by Cauchy and Schwarz. Both terms are one inner product of d + 1 numbers, kept for every vector: the
-bound. An image whose bound is below K similarities that are known is no answer, and is never looked
-at. Of the others, those that rounding may have put in the wrong order are scored as the oracle does,
-so that the answer is the oracle's to the last bit.
+The kind "compact" looks at the bounds of C candidates only: those whose mean is nearest to the query.
+What it finds among them is exact, and how much that is of all has been measured (see `recall`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .base import Float32, Int64, SearchResult
-from .ranking import best_first, blocks, check_features, check_k, check_queries, similarities_of
+from .directions import UNIT, Directions, find_directions
+from .joined import Joined
+from .ranking import (
+    best_first,
+    blocks,
+    check_features,
+    check_k,
+    check_queries,
+    similarities_of,
+    to_float32,
+)
+from .shortcuts import Shortcut, make_shortcut
 
-_ENERGY = 0.95  # of the vectors, that the directions must hold
-_STEP = 16  # directions come in multiples of it
-_LARGEST_SHARE = 0.5  # of E; with more directions than this nothing is won
-_SAMPLE = 1 << 15  # vectors from which the directions are found
+DEPTH = 128  # results that a compact index's candidates are meant for
 _FIRST = 2  # images looked at first, for each image wanted
 _CACHED = 1 << 18  # numbers scored at once: 1 MB in float32 stays in a core's cache
 _IN_FLIGHT = 1 << 22  # numbers held at once while searching, about: 16 MB in float32
-_UNIT = 2.0**-24  # of float32's rounding
 
 
 class BoundedIndex:
-    """Bounds in memory, 4 * N * Q * (d + 1) bytes; see `base.VectorIndex` for the contract.
+    """Exact or compact search over images that may lie on disk; see `base.VectorIndex`."""
 
-    >>> features = np.array([[[1, 0], [0, 1]], [[2, 0], [0, 0]], [[0, 1], [1, 0]]], np.float32)
-    >>> BoundedIndex(features).search([[0.0, 1.0], [1.0, 0.0]], k=2).images.tolist()
-    [[0, 2], [1, 0]]
-    """
-
-    def __init__(self, features: npt.NDArray[Any], directions: int | None = None) -> None:
-        """Keeps the features, (N, Q, E) in float16 or float32, without a copy; they may lie on disk.
+    def __init__(
+        self,
+        features: Joined,
+        shortcuts: Sequence[Shortcut],
+        directions: Directions,
+        *,
+        candidates: int | None = None,
+        mean_directions: int | None = None,
+    ) -> None:
+        """Search features as they are; they are neither copied nor looked at.
 
         Args:
-            features: of all images.
-            directions: d; None takes as many as hold 95 % of the vectors' energy, or all E where
-                that is more than half of them.
-
-        Raises:
-            VectorIndexError: another shape or type, or a number that is not finite.
+            features: (N, Q, E), float16 or float32, finite.
+            shortcuts: of each part of the features, along the directions.
+            directions: d of them.
+            candidates: C, images whose bounds are looked at; None is all: exact.
+            mean_directions: of the d, how many the means are compared along; None is all.
         """
-        check_features(features)
         self._features = features
-        self._directions = _find_directions(features, directions)  # (E, d)
-        d = self._directions.shape[1]
-        # How far the directions are from orthonormal, after rounding.
-        u = self._directions.astype(np.float64)
-        self._skew = float(np.linalg.norm(u.T @ u - np.eye(d)))
-        self._bounds = np.empty((len(features), features.shape[1], d + 1), np.float32)
-        self._longest = 0.0  # the greatest length of a vector
-        with np.errstate(over="ignore", invalid="ignore"):  # see `_bounds_of`
-            for part in blocks(len(features), features[:1].size, _IN_FLIGHT):
-                vectors = np.asarray(features[part], np.float32)
-                self._bounds[part], longest = self._split(vectors)
-                self._longest = max(self._longest, longest)
+        self._shortcuts = shortcuts
+        self._directions = directions
+        self._bounds = Joined([shortcut.bounds for shortcut in shortcuts], features.live)
+        self._longest = max((shortcut.longest for shortcut in shortcuts), default=0.0)
+        self._candidates = candidates
+        self._means = np.empty((0, 0), np.float32)
+        if candidates is not None:
+            means = Joined([shortcut.means for shortcut in shortcuts], features.live)
+            self._means = np.empty((len(means), mean_directions or len(directions)), np.float32)
+            for images, part, live in means.by_part():
+                columns = part[:, : self._means.shape[1]]
+                self._means[images] = columns if live is None else columns[live]
+
+    def compact(self, candidates: int, mean_directions: int | None = None) -> BoundedIndex:
+        """The same images, searched among candidates; see `__init__`."""
+        return BoundedIndex(
+            self._features, self._shortcuts, self._directions,
+            candidates=candidates, mean_directions=mean_directions,
+        )  # fmt: skip
 
     @property
     def num_images(self) -> int:
         """N."""
-        return int(self._features.shape[0])
+        return len(self._features)
 
     @property
     def dim(self) -> int:
         """E."""
-        return int(self._features.shape[2])
+        return self._directions.dim
 
     @property
-    def directions(self) -> int:
-        """D."""
-        return int(self._directions.shape[1])
+    def directions(self) -> Directions:
+        """The directions of the bounds."""
+        return self._directions
+
+    @property
+    def candidates(self) -> int | None:
+        """C, images whose bounds a query looks at; None is all of them: exact."""
+        return self._candidates
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory beside the features, which are read for a few images a query."""
-        return int(self._bounds.nbytes)
+        """Bytes that every query goes through: of the means, or of the bounds."""
+        if self._candidates is not None:
+            return self._means.nbytes
+        return int(np.prod(self._bounds.shape)) * 4
 
     def search(self, queries: npt.ArrayLike, k: int) -> SearchResult:
-        """Finds the K best images of each query; see `base.VectorIndex.search`."""
+        """Finds the K best images of each query; see `base.VectorIndex.search`.
+
+        A compact index finds them among its candidates: not always all of them.
+        """
         queries = check_queries(queries, self.dim)  # (B, E)
         count = check_k(k, self.num_images)
         images = np.empty((len(queries), count), np.int64)
@@ -96,40 +120,63 @@ class BoundedIndex:
         if not count:
             return SearchResult(scores=scores, images=images)
         for part in blocks(len(queries), self.num_images, _IN_FLIGHT):
-            for row, bounds in zip(
-                range(part.start, part.stop), self._bounds_of(queries[part]), strict=True
-            ):
-                images[row], scores[row] = self._answer(queries[row], bounds, count)
+            near = self._near(queries[part], self._wanted(count))
+            for row, (seen, bounds) in zip(range(part.start, part.stop), near, strict=True):
+                images[row], scores[row] = self._answer(queries[row], seen, bounds, count)
         return SearchResult(scores=scores, images=images)
 
-    def _bounds_of(self, queries: Float32) -> Float32:
-        """What no similarity exceeds: (B, E) -> (B, N); infinite where float32 cannot tell."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            split = self._split(queries)[0].T  # (d + 1, B)
-            bounds = np.empty((self.num_images, len(queries)), np.float32)
-            size = self._bounds[:1].size + self._bounds.shape[1] * len(queries)
-            for part in blocks(self.num_images, size, _IN_FLIGHT):
-                products = self._bounds[part].reshape(-1, len(split)) @ split
-                products = products.reshape(-1, self._bounds.shape[1], len(queries))
-                bounds[part] = products.max(axis=1)
-            lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
-            bounds += (self._margin() * lengths).astype(np.float32)
-        bounds[~np.isfinite(bounds)] = np.inf
-        return bounds.T
+    def _wanted(self, count: int) -> int:
+        """How many images are worth a look, for so many results.
 
-    def _split(self, vectors: Float32) -> tuple[Float32, float]:
-        """Vectors (..., E) along the directions, and the length of what these leave: (..., d + 1).
-
-        The length comes from Pythagoras, rounded up by what rounding can take from it; and the
-        greatest length of a vector.
+        Candidates are enough for the best 128 (see `recall`); more results take more of them.
         """
-        along = vectors @ self._directions
-        whole = np.einsum("...e,...e->...", vectors, vectors)
-        covered = np.einsum("...d,...d->...", along, along)
-        slack = 2 * (vectors.shape[-1] + 4) * _UNIT + 4 * self._skew
-        left = np.sqrt(np.maximum(whole * (1 + slack) - covered * (1 - slack), 0))
-        longest = float(np.sqrt(whole.max(initial=0.0) * (1 + slack)))
-        return np.concatenate((along, left[..., None]), axis=-1), longest
+        if self._candidates is None:
+            return self.num_images
+        return min(self.num_images, max(count, self._candidates * -(-count // DEPTH)))
+
+    def _near(self, queries: Float32, wanted: int) -> list[tuple[Int64, Float32]]:
+        """For each query the images (n,) worth a look, ascending, and their bounds (n,).
+
+        A bound is infinite where float32 cannot tell.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            split = np.ascontiguousarray(self._directions.split(queries)[0].T)  # (d + 1, B)
+            if wanted >= self.num_images:
+                everyone = np.arange(self.num_images)
+                near = [(everyone, bounds) for bounds in self._bounds_of_all(split)]
+            else:
+                near = [
+                    (images, self._bounds_of(images, split[:, [row]]))
+                    for row, images in enumerate(self._nearest_means(split, wanted))
+                ]
+        for query, (_, bounds) in zip(queries, near, strict=True):
+            bounds += np.float32(self._margin() * np.linalg.norm(query.astype(np.float64)))
+            bounds[~np.isfinite(bounds)] = np.inf
+        return near
+
+    def _nearest_means(self, split: Float32, wanted: int) -> list[Int64]:
+        """The images (wanted,) of each query whose means are nearest, ascending."""
+        products = self._means @ split[: self._means.shape[1]]  # (N, B)
+        products[~np.isfinite(products)] = np.inf
+        return [
+            np.sort(np.argpartition(-column, wanted - 1)[:wanted])
+            for column in np.ascontiguousarray(products.T)
+        ]
+
+    def _bounds_of_all(self, split: Float32) -> Float32:
+        """What no similarity exceeds but for rounding, of all images: (B, N)."""
+        found = np.empty((split.shape[1], self.num_images), np.float32)
+        for images, part, live in self._bounds.by_part():
+            maxima = _maxima(part, split)
+            found[:, images] = (maxima if live is None else maxima[live]).T
+        return found
+
+    def _bounds_of(self, images: Int64, split: Float32) -> Float32:
+        """The same of some images (n,), for one query: (n,)."""
+        found = np.empty(len(images), np.float32)
+        for some in blocks(len(images), int(np.prod(self._bounds.shape[1:])), _CACHED):
+            found[some] = _maxima(self._bounds[images[some]], split)[:, 0]
+        return found
 
     def _margin(self) -> float:
         """What rounding can take from a bound, for a query of length 1.
@@ -138,27 +185,27 @@ class BoundedIndex:
         lengths, in the first order of u = 2 ** -24 (Higham, Accuracy and Stability of Numerical
         Algorithms, 3.1): the oracle's own sum, the two along the directions and the two lengths.
         """
-        terms = 4 * self.dim + 6 * (self.directions + 1)
-        return self._longest * (1.1 * terms * _UNIT + 4 * self._skew) + 2.0**-100
+        terms = 4 * self.dim + 6 * (len(self._directions) + 1)
+        return self._longest * (1.1 * terms * UNIT + 4 * self._directions.skew) + 2.0**-100
 
-    def _answer(self, query: Float32, bounds: Float32, count: int) -> tuple[Int64, Float32]:
-        """The best images of a query, and their similarities."""
+    def _answer(
+        self, query: Float32, images: Int64, bounds: Float32, count: int
+    ) -> tuple[Int64, Float32]:
+        """The best of some images (n,) for a query, and their similarities."""
         margin = 2 * self._margin() * float(np.linalg.norm(query.astype(np.float64)))
-        first = min(self.num_images, _FIRST * count)
+        first = min(len(images), _FIRST * count)
         seen = np.argpartition(-bounds, first - 1)[:first]
-        scores = self._approximate(seen, query)
+        scores = self._approximate(images[seen], query)
         # K images are at least this good: whoever cannot reach it is no answer.
         reach = bounds >= np.partition(scores, first - count)[first - count] - margin
         reach[seen] = False
         more = np.flatnonzero(reach)
-        images: Int64 = np.concatenate((seen, more))
-        approximate = np.concatenate((scores, self._approximate(more, query)))
+        approximate = np.concatenate((scores, self._approximate(images[more], query)))
         if np.isfinite(approximate).all():
             # What rounding may have put in the wrong order is scored again, as the oracle does.
+            images = images[np.concatenate((seen, more))]
             last = np.partition(approximate, len(images) - count)[len(images) - count]
             images = images[approximate >= last - 2 * margin]
-        else:
-            images = np.arange(self.num_images)
         exact = similarities_of(self._features, images, query)
         best = best_first(exact, images, count)
         return images[best], exact[best]
@@ -167,22 +214,39 @@ class BoundedIndex:
         """The similarities of some images but for rounding: (n,) -> (n,)."""
         scores = np.empty(len(images), np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
-            for part in blocks(len(images), self._features[:1].size, _CACHED):
-                vectors = self._features[images[part]].astype(np.float32)
-                scores[part] = (vectors @ query).max(axis=1)
+            for part in blocks(len(images), int(np.prod(self._features.shape[1:])), _CACHED):
+                scores[part] = (to_float32(self._features[images[part]]) @ query).max(axis=1)
         return scores
 
 
-def _find_directions(features: npt.NDArray[Any], wanted: int | None) -> Float32:
-    """The directions (E, d) along which a sample of the vectors has most energy."""
-    dim = features.shape[2]
-    step = max(1, len(features) * features.shape[1] // _SAMPLE)
-    sample = np.asarray(features[::step], np.float64).reshape(-1, dim)
-    energy, directions = np.linalg.eigh(sample.T @ sample)  # ascending
-    if wanted is None:
-        share = np.cumsum(energy[::-1]) / max(float(energy.sum()), np.finfo(np.float64).tiny)
-        needed = int(np.searchsorted(share, _ENERGY)) + 1
-        wanted = -(-needed // _STEP) * _STEP
-        if wanted > _LARGEST_SHARE * dim:
-            wanted = dim
-    return np.ascontiguousarray(directions[:, ::-1][:, :wanted], np.float32)
+def index_in_memory(
+    features: npt.NDArray[Any], directions: int | None = None, *, candidates: int | None = None
+) -> BoundedIndex:
+    """An index of features, with shortcuts of 4 * N * (Q * (d + 1) + d) bytes.
+
+    >>> features = np.array([[[1, 0], [0, 1]], [[2, 0], [0, 0]], [[0, 1], [1, 0]]], np.float32)
+    >>> index_in_memory(features).search([[0.0, 1.0], [1.0, 0.0]], k=2).images.tolist()
+    [[0, 2], [1, 0]]
+
+    Args:
+        features: (N, Q, E), float16 or float32; not copied, and may lie on disk.
+        directions: d; see `find_directions`.
+        candidates: see `BoundedIndex`.
+
+    Raises:
+        VectorIndexError: another shape or type, or a number that is not finite.
+    """
+    check_features(features)
+    found = find_directions(features, directions)
+    shortcut = make_shortcut(found, features)
+    return BoundedIndex(Joined([features]), [shortcut], found, candidates=candidates)
+
+
+def _maxima(bounds: Float32, split: Float32) -> Float32:
+    """The greatest product of each image: (n, Q, d + 1) and (d + 1, B) -> (n, B)."""
+    images, per_image, size = bounds.shape
+    found = np.empty((images, split.shape[1]), np.float32)
+    for part in blocks(images, per_image * max(size, split.shape[1]), _IN_FLIGHT):
+        products = bounds[part].reshape(-1, size) @ split
+        found[part] = products.reshape(-1, per_image, split.shape[1]).max(axis=1)
+    return found

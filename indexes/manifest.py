@@ -14,14 +14,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import StoreCorruptError, StoreError, StoreMissingError, StoreVersionError
 from .files import replace_file
 
-SCHEMA_VERSION = 2
-READABLE = (1, SCHEMA_VERSION)  # what version 1 lacks is added when a segment is written again
+SCHEMA_VERSION = 3
+READABLE = (1, 2, SCHEMA_VERSION)  # what the others lack is added when a segment is written again
 MANIFEST = "manifest.json"
+Kind = Literal["auto", "exact", "compact"]
+KINDS: tuple[Kind, ...] = ("auto", "exact", "compact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,25 @@ class Manifest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the index wants to be searched.
+
+    Raises:
+        ValueError: no such kind, or less than a byte.
+    """
+
+    kind: Kind = "auto"
+    memory: int = (
+        2_000_000_000  # bytes that a search may go through: what "auto" and "compact" fit into
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        if self.kind not in KINDS or self.memory < 1:
+            raise ValueError(f"kind is one of {', '.join(KINDS)}, and memory at least a byte.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Segment:
     """A Parquet file that is never written again, and what must be found in it."""
 
@@ -63,6 +84,7 @@ class Segment:
     features_end: int
     features_crc32: int
     records_crc32: int
+    features_at: int | None = None  # where the numbers lie in one piece; None before version 3
     removed: tuple[int, ...] = ()  # rows that are dead, ascending
 
     @property
@@ -82,6 +104,7 @@ class State:
 
     manifest: Manifest
     next_id: int = 0  # the id of the next image; it only grows
+    settings: Settings = Settings()
     segments: tuple[Segment, ...] = ()  # in the order of the rows
 
 
@@ -152,6 +175,7 @@ def _parse(content: dict[str, Any]) -> State:
     return State(
         manifest=Manifest(**content["manifest"] | {"schema_version": SCHEMA_VERSION}),
         next_id=content["next_id"],
+        settings=Settings(**content.get("settings", {})),
         segments=tuple(Segment(**segment) for segment in segments),
     )
 

@@ -14,9 +14,14 @@ import numpy.typing as npt
 
 from .base import Float32, Int64
 from .errors import VectorIndexError
+from .joined import Joined
 
 _GATHERED = 1 << 22  # numbers gathered at once: 16 MB in float32
 _BLOCK = 1 << 18  # float32 numbers in flight: 1 MB stays in a core's cache
+_SIGN_EXPONENT_MANTISSA = np.uint32(0x8FFFE000).view(
+    np.int32
+)  # of a float16, where float32 has them
+_HALF_TO_SINGLE = np.float32(2.0**112)
 
 
 def check_features(features: npt.NDArray[Any]) -> None:
@@ -70,6 +75,21 @@ def blocks(count: int, size: int, limit: int = _BLOCK) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
+def to_float32(features: npt.NDArray[Any]) -> Float32:
+    """Finite float16 or float32 numbers as float32; of float16 a copy, in a fifth of `astype`'s time.
+
+    A float16's bits, moved to where a float32 has its exponent and mantissa, are the number divided by
+    2 ** 112: the two exponents count from 15 and from 127. Multiplying is exact, subnormals included.
+    """
+    if features.dtype == np.float32:
+        return features
+    bits = features.view(np.int16).astype(np.int32)  # the sign fills the upper half
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, _SIGN_EXPONENT_MANTISSA, out=bits)
+    floats = bits.view(np.float32)
+    return np.multiply(floats, _HALF_TO_SINGLE, out=floats)
+
+
 def similarities(features: npt.NDArray[Any], query: Float32) -> Float32:
     """Similarity of each image to one query: features (N, Q, E) and query (E,) -> (N,).
 
@@ -79,15 +99,15 @@ def similarities(features: npt.NDArray[Any], query: Float32) -> Float32:
     """
     scores = np.empty(len(features), np.float32)
     for part in blocks(len(features), features[:1].size):
-        products = np.multiply(features[part], query, dtype=np.float32)  # (n, Q, E)
+        products = np.multiply(to_float32(features[part]), query)  # (n, Q, E)
         scores[part] = products.sum(axis=-1).max(axis=-1)
     return scores
 
 
-def similarities_of(features: npt.NDArray[Any], images: Int64, query: Float32) -> Float32:
+def similarities_of(features: npt.NDArray[Any] | Joined, images: Int64, query: Float32) -> Float32:
     """Similarities of some images, by their numbers (n,), to one query: (n,); see `similarities`."""
     scores = np.empty(len(images), np.float32)
-    for part in blocks(len(images), features[:1].size, _GATHERED):
+    for part in blocks(len(images), int(np.prod(features.shape[1:])), _GATHERED):
         scores[part] = similarities(features[images[part]], query)
     return scores
 

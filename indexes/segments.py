@@ -33,6 +33,7 @@ from .manifest import Manifest, Segment
 FEATURES = "features"
 CHECKSUM = "features_crc32"  # of each image's features, to tell which are damaged; not in version 1
 SUFFIX = ".parquet"
+_PAGE = 1 << 30  # bytes: a column in one piece, which can be mapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +97,11 @@ def write_segment(folder: Path, tables: Sequence[pa.Table]) -> Segment:
             compression=compression,
             use_dictionary=False,
             write_statistics=False,
+            data_page_size=_PAGE,
         )
         file.flush()
         os.fsync(file.fileno())
-    return _describe(path)
+    return _describe(path, table)
 
 
 def read_records(folder: Path, segment: Segment) -> Iterator[tuple[int, ImageRecord]]:
@@ -109,16 +111,8 @@ def read_records(folder: Path, segment: Segment) -> Iterator[tuple[int, ImageRec
         ValueError: the file is damaged.
         OSError: it cannot be read.
     """
-    content = _open(folder, segment)
-    if (
-        _records_crc32(content, segment.features_start, segment.features_end)
-        != segment.records_crc32
-    ):
-        raise ValueError("the checksum of the records differs")
-    stored = pq.read_schema(pa.BufferReader(content)).names
-    names = [name for name in stored if name not in (CHECKSUM, FEATURES)]
-    table = pq.read_table(pa.BufferReader(content), columns=names, use_threads=False)
-    columns = {name: table.column(name).to_pylist() for name in names}
+    table = _read_records(folder, segment)
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
     columns["path"] = [os.fsdecode(path) for path in columns["path"]]
     ids = columns.pop("id")
     for row in segment.live:
@@ -135,6 +129,38 @@ def read_features(folder: Path, segment: Segment, out: npt.NDArray[np.float16]) 
     table = _read(folder, segment, [FEATURES])
     live = segment.live if segment.removed else slice(None)
     out[...] = _numbers(table.column(FEATURES).combine_chunks(), out.shape[1:])[live]
+
+
+def map_features(folder: Path, segment: Segment, shape: tuple[int, int]) -> npt.NDArray[np.float16]:
+    """The features of all rows (rows, Q, E), the dead ones too, read when they are looked at.
+
+    Their checksum is not looked at. A file from before version 3 is read whole.
+
+    Args:
+        folder: of the segments.
+        segment: which.
+        shape: (Q, E).
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    content = _open(folder, segment)
+    if segment.features_at is None:
+        return _numbers(_read(folder, segment, [FEATURES]).column(FEATURES).combine_chunks(), shape)
+    count = segment.rows * shape[0] * shape[1]
+    return np.frombuffer(content, "<f2", count, segment.features_at).reshape(-1, *shape)
+
+
+def read_paths(folder: Path, segment: Segment, rows: Sequence[int]) -> list[str]:
+    """The paths of some rows, by their numbers in the file.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    column = _read_records(folder, segment, ["path"]).column("path")
+    return [os.fsdecode(column[row].as_py()) for row in rows]
 
 
 def read_rows(folder: Path, segment: Segment) -> pa.Table:
@@ -216,14 +242,21 @@ def _with_checksums(table: pa.Table) -> pa.Table:
     return table.add_column(table.num_columns - 1, field, pa.array(sums, pa.uint32()))
 
 
-def _describe(path: Path) -> Segment:
-    """What the manifest says of a file that was just written."""
+def _describe(path: Path, table: pa.Table) -> Segment:
+    """What the manifest says of a file that was just written, of this table."""
     with pa.memory_map(str(path)) as file:
         content = file.read_buffer()
         group = pq.read_metadata(pa.BufferReader(content)).row_group(0)
         column = group.column(group.num_columns - 1)
         start = column.data_page_offset
         end = start + column.total_compressed_size
+        # The numbers end the column's last page; are they all there in one piece?
+        width = table.schema.field(FEATURES).type.byte_width
+        at = end - table.num_rows * width
+        written = 0
+        for chunk in table.column(FEATURES).chunks:
+            written = zlib.crc32(_numbers(chunk, (width // 2,)).data, written)
+        in_one_piece = zlib.crc32(memoryview(content)[at:end]) == written
         return Segment(
             file=path.name,
             rows=group.num_rows,
@@ -232,6 +265,7 @@ def _describe(path: Path) -> Segment:
             features_end=end,
             features_crc32=zlib.crc32(memoryview(content)[start:end]),
             records_crc32=_records_crc32(content, start, end),
+            features_at=at if in_one_piece else None,
         )
 
 
@@ -249,6 +283,18 @@ def _open(folder: Path, segment: Segment) -> pa.Buffer:
         raise ValueError(f"{size} bytes instead of {segment.size}")
     with pa.memory_map(str(path)) as file:
         return file.read_buffer()
+
+
+def _read_records(folder: Path, segment: Segment, columns: list[str] | None = None) -> pa.Table:
+    """Some or all columns of records, all rows, after a look at their checksum."""
+    content = _open(folder, segment)
+    start, end = segment.features_start, segment.features_end
+    if _records_crc32(content, start, end) != segment.records_crc32:
+        raise ValueError("the checksum of the records differs")
+    if columns is None:
+        stored = pq.read_schema(pa.BufferReader(content)).names
+        columns = [name for name in stored if name not in (CHECKSUM, FEATURES)]
+    return pq.read_table(pa.BufferReader(content), columns=columns, use_threads=False)
 
 
 def _read(folder: Path, segment: Segment, columns: list[str] | None) -> pa.Table:

@@ -2,6 +2,7 @@
 
     manifest.json            which model, and which segments are live (`manifest`)
     segments/*.parquet       records and features of some images each (`segments`)
+    shortcuts/               what makes searching quick, derived from them (`stored`)
     write.lock               held by the one process that writes
 
 A change writes new segments first and replaces the manifest last. Killed before that instant it
@@ -33,6 +34,7 @@ from .manifest import (
     SCHEMA_VERSION,
     Manifest,
     Segment,
+    Settings,
     State,
     damaged,
     read_state,
@@ -43,7 +45,9 @@ from .segments import (
     ImageRecord,
     damaged_rows,
     make_table,
+    map_features,
     read_features,
+    read_paths,
     read_records,
     read_rows,
     rescue_rows,
@@ -56,6 +60,7 @@ __all__ = [
     "Damage",
     "ImageRecord",
     "Manifest",
+    "Settings",
     "Store",
     "hash_file",
 ]
@@ -63,6 +68,7 @@ __all__ = [
 SEGMENT_ROWS = (
     8192  # the most images a segment: 128 MB of 32 x 256 features, what a merge holds in memory
 )
+SHORTCUTS = "shortcuts"  # the folder of what `stored` keeps: derived from the segments
 _SEGMENTS = "segments"
 _LOCK = "write.lock"
 _OURS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")  # sweeping touches no other name
@@ -156,6 +162,16 @@ class Store:
         return self._state.manifest
 
     @property
+    def settings(self) -> Settings:
+        """How the index wants to be searched."""
+        return self._state.settings
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The live segments, in the order of the rows."""
+        return self._state.segments
+
+    @property
     def revision(self) -> object:
         """Something that is equal as long as nothing was changed."""
         return self._state
@@ -198,6 +214,37 @@ class Store:
             start = end
         return features
 
+    def map_features(self, segment: Segment) -> npt.NDArray[np.float16]:
+        """The features of all rows of a segment (rows, Q, E), dead ones too; read as they are used.
+
+        What is not read cannot be checked: `verify` looks for damage.
+
+        Raises:
+            StoreCorruptError: the segment is damaged, as far as that is looked at.
+        """
+        with self._reading(segment):
+            shape = (self.manifest.num_vectors, self.manifest.dim)
+            return map_features(self._folder, segment, shape)
+
+    def paths_at(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        """The paths of some images, by their row numbers (n,); reads no other segments than theirs.
+
+        Raises:
+            StoreCorruptError: one of those is damaged.
+        """
+        found = [""] * len(rows)
+        start = 0
+        for segment in self._state.segments:
+            inside = np.flatnonzero((start <= rows) & (rows < start + len(segment)))
+            if len(inside):
+                live = np.array(segment.live)[rows[inside] - start]
+                with self._reading(segment):
+                    paths = read_paths(self._folder, segment, live.tolist())
+                for place, path in zip(inside, paths, strict=True):
+                    found[place] = path
+            start += len(segment)
+        return found
+
     def features_of(self, paths: Sequence[str]) -> npt.NDArray[np.float16]:
         """The features of some images (N, Q, E), in the order of the paths; read anew at each call.
 
@@ -228,6 +275,7 @@ class Store:
     def size_on_disk(self) -> int:
         """The bytes of the index's files, leftovers of a killed run included."""
         files = [self._directory / MANIFEST, *self._folder.glob(f"*{SUFFIX}")]
+        files += (self._directory / SHORTCUTS).glob("*")
         return sum(file.stat().st_size for file in files if file.exists())
 
     @contextlib.contextmanager
@@ -302,18 +350,32 @@ class Store:
         self._rows = {path: row for path, row in rows.items() if path not in gone}
         return len(gone)
 
-    def compact(self) -> None:
+    def change_settings(self, settings: Settings) -> None:
+        """Says how the index wants to be searched from now on.
+
+        Raises:
+            StoreError: outside of `writing`, or the disk is full.
+        """
+        self._begin()
+        rows = self._rows
+        self._replace(dataclasses.replace(self._state, settings=settings))
+        self._rows = rows
+
+    def compact(self, tolerated: float = 0.0) -> None:
         """Merges small neighbouring segments and forgets removed rows; images, order and ids stay.
 
         Afterwards each segment is at least twice as long as the next, or too long to merge with it:
         few segments, and over many runs a row is rewritten a few times only.
+
+        Args:
+            tolerated: the share of removed rows with which a segment may stay as it is.
 
         Raises:
             StoreError: outside of `writing`, or the disk is full.
             StoreCorruptError: a segment that must be rewritten is damaged.
         """
         self._begin()
-        segments = [self._merge(group) for group in _neighbours(self._state.segments)]
+        segments = [self._merge(group, tolerated) for group in _neighbours(self._state.segments)]
         if tuple(segments) != self._state.segments:
             rows = self._rows
             self._commit(segments, self._state.next_id)
@@ -378,9 +440,9 @@ class Store:
             self._sweep()
         return damages
 
-    def _merge(self, group: list[Segment]) -> Segment:
+    def _merge(self, group: list[Segment], tolerated: float) -> Segment:
         """One segment with the live rows of a group."""
-        if len(group) == 1 and not group[0].removed:
+        if len(group) == 1 and len(group[0].removed) <= tolerated * group[0].rows:
             return group[0]
         tables = []
         for segment in group:
@@ -431,7 +493,9 @@ class Store:
 
     def _commit(self, segments: Sequence[Segment], next_id: int) -> None:
         """Makes these segments the live ones; forgets the records that were read."""
-        state = State(manifest=self.manifest, next_id=next_id, segments=tuple(segments))
+        self._replace(dataclasses.replace(self._state, next_id=next_id, segments=tuple(segments)))
+
+    def _replace(self, state: State) -> None:
         with self._changing():
             sync_folder(self._folder)
             write_state(self._directory, state)

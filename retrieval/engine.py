@@ -22,14 +22,26 @@ from PIL import Image
 from torch import Tensor
 
 from ..indexes.base import SearchResult, search_any
+from ..indexes.bounded import BoundedIndex
 from ..indexes.errors import ModelMismatchError, StoreMissingError, VectorIndexError
-from ..indexes.flat import FaissIndex, faiss_build
-from ..indexes.store import SCHEMA_VERSION, Damage, ImageRecord, Manifest, Store
+from ..indexes.manifest import Kind, Settings
+from ..indexes.recall import Measured
+from ..indexes.store import SCHEMA_VERSION, Damage, Manifest, Store
+from ..indexes.stored import (
+    bytes_a_search,
+    damaged_shortcuts,
+    measure_recall,
+    measured_recall,
+    needs_measuring,
+    open_index,
+    refresh_shortcuts,
+)
 from .embedder import Embedder
 from .errors import CheckpointError, ImageReadError
 from .indexer import Indexer, IndexReport, OnProgress, Plan, SkippedFile, check_roots, make_plan
 from .loading import DEFAULT_MODEL, load_embedder
 from .model import RetrievalModel, with_itm_head
+from .prompts import PROMPTS
 
 __all__ = ["Hit", "IndexInfo", "IndexReport", "SearchEngine", "SkippedFile"]
 
@@ -38,6 +50,7 @@ log = logging.getLogger(__name__)
 # With `mini` R@1 has reached its height at 8 candidates (the sweep in README.md, docs/rerank-sweep.png),
 # and each costs a query on two processor cores 86 ms. Published models gain from more: ask for them.
 DEFAULT_RERANK = 10
+_TOLERATED = 0.2  # share of removed rows that a segment may drag along before it is rewritten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +76,9 @@ class IndexInfo:
     model_fingerprint: str
     schema_version: int
     size_on_disk: int  # bytes
-    faiss: str
+    kind: str  # of the index, as asked for: auto, exact or compact
+    search_bytes: int  # that every query goes through
+    recall: Measured | None  # what a compact index was measured to find; None: it is exact
     preprocessing: dict[str, Any]
 
 
@@ -97,9 +112,8 @@ class SearchEngine:
         self._given = model is not None
         self._asked = model if isinstance(model, str) else None
         self._model = None if isinstance(model, str) else model
-        self._rows: list[ImageRecord] = []
-        self._index: FaissIndex | None = None
-        self._revision: object = None  # of the store that the index was built from
+        self._index: BoundedIndex | None = None
+        self._store: Store | None = None  # that the index was opened from
 
     # ---- indexing ------------------------------------------------------------------------------
 
@@ -110,6 +124,9 @@ class SearchEngine:
         batch_size: int = 32,
         workers: int | None = None,
         rebuild: bool = False,
+        kind: Kind | None = None,
+        memory: int | None = None,
+        queries: Sequence[str] = (),
         on_progress: OnProgress | None = None,
     ) -> IndexReport:
         """Bring the index up to date with files and folders (searched in depth).
@@ -122,12 +139,18 @@ class SearchEngine:
             batch_size: images a pass of the encoder.
             workers: decoding threads; by default one a processor, eight at most.
             rebuild: throw the old index away first.
+            kind: "exact" finds what comparing everything finds; "compact" goes through the mean of
+                each image's vectors first, 32 times less, and has its recall of the exact answer
+                measured; "auto" is exact as long as that fits into `memory`. None leaves it as it is.
+            memory: bytes that a search may go through; None leaves it as it is (2 GB).
+            queries: texts to measure the recall with, as people will ask; () takes ready-made ones.
             on_progress: called with (files done, files to do).
 
         Raises:
             ModelMismatchError: the index was made by another model than the one asked for.
             StoreError: the index cannot be read or written.
             ImageReadError: one of `paths` does not exist.
+            VectorIndexError: `memory` is too little even for a compact index; the images are kept.
         """
         start = time.perf_counter()
         check_roots(
@@ -136,24 +159,23 @@ class SearchEngine:
         store = self._open_or_create(rebuild)
         workers = workers or _workers()
         with store.writing():
+            settings = Settings(
+                kind=kind or store.settings.kind, memory=memory or store.settings.memory
+            )
+            if settings != store.settings:
+                store.change_settings(settings)
             plan = make_plan(paths, store.records)
             needed = self._given or plan.new or plan.changed  # given another: say so in any case
             model = self._model_of(store) if needed else None
             indexer = Indexer(store, plan, on_progress)
             finished = indexer.run(model, batch_size, workers)
-            store.compact()
+            store.compact(_TOLERATED)
+            refresh_shortcuts(store)
+            if finished and needs_measuring(store, again=bool(queries)):
+                texts = self._model_of(store).encode_texts(list(queries) or PROMPTS)
+                measure_recall(store, texts)
         self._index = None
-        return IndexReport(
-            added=indexer.added,
-            updated=indexer.updated,
-            reused=indexer.reused,
-            unchanged=plan.unchanged,
-            removed=indexer.removed,
-            skipped=tuple(plan.skipped),
-            total=len(store),
-            seconds=time.perf_counter() - start,
-            interrupted=not finished,
-        )
+        return indexer.report(time.perf_counter() - start, finished)
 
     def _open_or_create(self, rebuild: bool) -> Store:
         if not rebuild:
@@ -172,6 +194,19 @@ class SearchEngine:
         )
         return Store.create(self.path, manifest, replace=rebuild)
 
+    def compact(self) -> None:
+        """Merge small segments, forget removed images and make shortcuts that are missing.
+
+        Raises:
+            StoreMissingError: there is no index.
+            StoreError: it cannot be written to.
+        """
+        store = Store.open(self.path)
+        with store.writing():
+            store.compact()
+            refresh_shortcuts(store)
+        self._index = None
+
     def verify(self) -> list[Damage]:
         """Look at every byte of the index; [] says that all is whole.
 
@@ -179,7 +214,8 @@ class SearchEngine:
             StoreMissingError: there is no index.
             StoreCorruptError: its manifest is damaged.
         """
-        return Store.open(self.path).verify()
+        store = Store.open(self.path)
+        return store.verify() + damaged_shortcuts(store)
 
     def repair(
         self,
@@ -202,28 +238,22 @@ class SearchEngine:
         store = Store.open(self.path)
         with store.writing():
             damages = store.verify()
+            shortcuts = damaged_shortcuts(store)
             files = [p for damage in damages for p in damage.paths if os.path.isfile(p)]
             model = self._model_of(store) if files else None  # before anything is dropped
             if on_damage is not None:
-                on_damage(damages)
+                on_damage(damages + shortcuts)
             store.repair(damages)
+            for damage in shortcuts:
+                damage.file.unlink(missing_ok=True)
             self._index = None
-            if model is None:
-                return damages, None
-            plan = Plan(new=files)
-            indexer = Indexer(store, plan, on_progress)
-            finished = indexer.run(model, batch_size=32, workers=_workers())
-        return damages, IndexReport(
-            added=indexer.added,
-            updated=0,
-            reused=indexer.reused,
-            unchanged=0,
-            removed=0,
-            skipped=tuple(plan.skipped),
-            total=len(store),
-            seconds=time.perf_counter() - start,
-            interrupted=not finished,
-        )
+            report = None
+            if model is not None:
+                indexer = Indexer(store, Plan(new=files), on_progress)
+                finished = indexer.run(model, batch_size=32, workers=_workers())
+                report = indexer.report(time.perf_counter() - start, finished)
+            refresh_shortcuts(store)
+        return damages + shortcuts, report
 
     # ---- searching -----------------------------------------------------------------------------
 
@@ -305,15 +335,16 @@ class SearchEngine:
         itc: npt.NDArray[np.float32],
         k: int,
     ) -> list[Hit]:
-        def pixels_of(image: int) -> Tensor | ImageReadError:
+        def pixels_of(path: str) -> Tensor | ImageReadError:
             try:
-                return model.image_transform(self._rows[image].path)
+                return model.image_transform(path)
             except ImageReadError as error:
                 return error
 
+        paths = self._paths_of(images)
         readable, pixels = [], []
         with ThreadPoolExecutor(_workers()) as pool:  # Pillow lets go of the interpreter's lock
-            for position, found in enumerate(pool.map(pixels_of, images)):
+            for position, found in enumerate(pool.map(pixels_of, paths)):
                 if isinstance(found, Tensor):
                     pixels.append(found)
                     readable.append(position)
@@ -338,13 +369,17 @@ class SearchEngine:
         return [
             Hit(
                 rank=i + 1,
-                path=self._rows[image].path,
+                path=path,
                 score=float(itc[i] if itm is None else itc[i] + itm[i]),
                 itc=float(itc[i]),
                 itm=None if itm is None else float(itm[i]),
             )
-            for i, image in enumerate(images[:k])
+            for i, path in enumerate(self._paths_of(images[:k]))
         ]
+
+    def _paths_of(self, images: npt.NDArray[np.int64]) -> list[str]:
+        assert self._store is not None  # `_ready` was called
+        return self._store.paths_at(images)
 
     # ---- the index and its model -----------------------------------------------------------------
 
@@ -365,20 +400,21 @@ class SearchEngine:
             model_fingerprint=manifest.model_fingerprint,
             schema_version=manifest.schema_version,
             size_on_disk=store.size_on_disk(),
-            faiss=_faiss_or_complaint(),
+            kind=store.settings.kind,
+            search_bytes=bytes_a_search(store) if len(store) else 0,
+            recall=measured_recall(store),
             preprocessing=manifest.preprocessing,
         )
 
-    def _ready(self) -> tuple[FaissIndex, Embedder]:
+    def _ready(self) -> tuple[BoundedIndex, Embedder]:
         store = Store.open(self.path)
         if len(store) == 0:
             raise StoreMissingError(
                 f"The index in {self.path} is empty: fill it with `blip2-search index FOLDER`."
             )
         model = self._model_of(store)
-        if self._index is None or store.revision != self._revision:
-            self._index, self._rows = FaissIndex(store.features()), store.records
-            self._revision = store.revision
+        if self._index is None or self._store is None or store.revision != self._store.revision:
+            self._index, self._store = open_index(store), store
         return self._index, model
 
     def _model_of(self, store: Store) -> Embedder:
@@ -416,10 +452,3 @@ class SearchEngine:
 def _workers() -> int:
     """Return how many threads decode: one a processor, but no memory full of large photographs."""
     return min(8, os.cpu_count() or 1)
-
-
-def _faiss_or_complaint() -> str:
-    try:
-        return faiss_build()
-    except VectorIndexError as error:
-        return str(error)

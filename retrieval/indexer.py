@@ -244,6 +244,20 @@ class Indexer:
         self._stale: list[str] = []
         self._last_commit = time.monotonic()
 
+    def report(self, seconds: float, finished: bool) -> IndexReport:
+        """Say what was done, in so many seconds; `finished` is what `run` returned."""
+        return IndexReport(
+            added=self.added,
+            updated=self.updated,
+            reused=self.reused,
+            unchanged=self.plan.unchanged,
+            removed=self.removed,
+            skipped=tuple(self.plan.skipped),
+            total=len(self.store),
+            seconds=seconds,
+            interrupted=not finished,
+        )
+
     def run(self, model: Embedder | None, batch_size: int, workers: int) -> bool:
         """Do everything; return False if Ctrl-C stopped it. What was encoded is kept either way.
 

@@ -34,8 +34,8 @@ class FakeEngine:
         self._called(query, k=k, rerank=rerank)
         return self.hits[:k]
 
-    def add(self, paths, *, batch_size=32, workers=None, rebuild=False, on_progress=None):
-        self._called(paths, batch_size=batch_size, workers=workers, rebuild=rebuild)
+    def add(self, paths, *, on_progress=None, **how):
+        self._called(paths, **how)
         for done, total in self.progress:
             on_progress(done, total)
         return self.report or make_report(added=len(paths), total=len(paths))
@@ -45,7 +45,7 @@ class FakeEngine:
         return IndexInfo(
             path="/data/index", images=1234, vectors_per_image=32, embedding_size=256,
             model_name="mini", model_fingerprint="0123abcd", schema_version=1,
-            size_on_disk=20_500_000, faiss="faiss-cpu 1.15",
+            size_on_disk=20_500_000, kind="auto", search_bytes=12_000_000, recall=None,
             preprocessing={"image_size": 260, "resize": "squash, bicubic"},
         )  # fmt: skip
 

@@ -13,12 +13,18 @@ from blip2_search.retrieval.engine import SkippedFile
 
 
 def test_options_reach_the_engine(run, engine, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a dog\n\n  a cat \n")
     run(
         "index", "a", "b.jpg", "--index", tmp_path, "--model", "m", "--batch-size", 4,
-        "--workers", 3, "--device", "cpu", "--rebuild",
+        "--workers", 3, "--device", "cpu", "--rebuild", "--kind", "compact", "--memory", "3MB",
+        "--queries", texts,
     )  # fmt: skip
     assert engine.opened == [{"index": tmp_path, "model": "m", "device": "cpu"}]
-    how = {"batch_size": 4, "workers": 3, "rebuild": True}
+    how = {
+        "batch_size": 4, "workers": 3, "rebuild": True,
+        "kind": "compact", "memory": 3_000_000, "queries": ["a dog", "a cat"],
+    }  # fmt: skip
     assert engine.calls == [([Path("a"), Path("b.jpg")], how)]
 
 

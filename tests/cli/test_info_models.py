@@ -20,7 +20,7 @@ def test_info_is_a_table(run, engine):
     assert table["vectors"] == "39,488 (32 x 256 an image)"
     assert table["size on disk"] == "20.5 MB"
     assert table["model"] == "mini (fingerprint 0123abcd)"
-    assert table["FAISS"] == "faiss-cpu 1.15"
+    assert table["search"] == "exact, through 12.0 MB a query"
     assert done.stderr == ""
 
 

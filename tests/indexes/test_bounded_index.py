@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from blip2_search.indexes import bounded
-from blip2_search.indexes.bounded import BoundedIndex
+from blip2_search.indexes.bounded import BoundedIndex, index_in_memory
 from blip2_search.indexes.errors import VectorIndexError
 from blip2_search.indexes.exact import ExactIndex
 
@@ -36,7 +36,7 @@ def assert_same(index, oracle, queries, k):
 @pytest.mark.parametrize("k", [1, 7, 100, 400])
 def test_equals_the_oracle(directions, k):
     features = photos(400, 8, 64, rank=12)
-    index, oracle = BoundedIndex(features, directions), ExactIndex(features)
+    index, oracle = index_in_memory(features, directions), ExactIndex(features)
     assert_same(index, oracle, queries_near(features, 20), k)
     assert_same(index, oracle, np.random.default_rng(2).standard_normal((5, 64)), k)
 
@@ -44,7 +44,7 @@ def test_equals_the_oracle(directions, k):
 def test_equals_the_oracle_in_blocks(monkeypatch):
     monkeypatch.setattr(bounded, "_IN_FLIGHT", 1000)
     features = photos(150, 4, 32, rank=6)
-    assert_same(BoundedIndex(features), ExactIndex(features), queries_near(features, 40), 9)
+    assert_same(index_in_memory(features), ExactIndex(features), queries_near(features, 40), 9)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e3, 1e18, 3e37])
@@ -52,13 +52,13 @@ def test_large_and_tiny_numbers(scale):
     features = (photos(60, 3, 16, rank=4).astype(np.float64) * scale).astype(np.float32)
     queries = queries_near(photos(60, 3, 16, rank=4), 5)
     with np.errstate(over="ignore", invalid="ignore"):
-        assert_same(BoundedIndex(features, 4), ExactIndex(features), queries, 10)
+        assert_same(index_in_memory(features, 4), ExactIndex(features), queries, 10)
 
 
 def test_most_images_are_never_looked_at(monkeypatch):
     features = photos(3000, 8, 128, rank=16)
-    index = BoundedIndex(features)
-    assert index.directions <= 32
+    index = index_in_memory(features)
+    assert len(index.directions) <= 32
     looked_at = []
     whole = BoundedIndex._approximate
     monkeypatch.setattr(
@@ -70,11 +70,11 @@ def test_most_images_are_never_looked_at(monkeypatch):
 
 def test_vectors_in_all_directions_take_all_of_them():
     features = np.random.default_rng(0).standard_normal((50, 2, 32)).astype(np.float32)
-    assert BoundedIndex(features).directions == 32
+    assert len(index_in_memory(features).directions) == 32
 
 
 def test_no_images():
-    index = BoundedIndex(np.empty((0, 4, 16), np.float16))
+    index = index_in_memory(np.empty((0, 4, 16), np.float16))
     assert index.search(np.ones((2, 16)), 3).images.shape == (2, 0)
     with pytest.raises(VectorIndexError):
-        BoundedIndex(np.empty((4, 16), np.float16))
+        index_in_memory(np.empty((4, 16), np.float16))

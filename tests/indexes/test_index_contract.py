@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blip2_search.indexes.base import search_any
-from blip2_search.indexes.bounded import BoundedIndex
+from blip2_search.indexes.bounded import index_in_memory
 from blip2_search.indexes.errors import Blip2SearchError, VectorIndexError
 from blip2_search.indexes.exact import ExactIndex
 from blip2_search.indexes.flat import FaissIndex
@@ -21,9 +21,9 @@ def build(request, force):
     if request.param == "exact":
         return ExactIndex
     if request.param == "bounded":
-        return BoundedIndex
+        return index_in_memory
     if request.param == "one direction":
-        return lambda features: BoundedIndex(features, directions=1)
+        return lambda features: index_in_memory(features, directions=1)
     force(request.param.removeprefix("faiss by "))
     return FaissIndex
 

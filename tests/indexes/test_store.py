@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from toy_store import MANIFEST, E, Q, content, features_of, record
 
+from blip2_search.indexes import manifest as manifest_module
 from blip2_search.indexes import segments as segments_module
 from blip2_search.indexes import store as store_module
 from blip2_search.indexes.errors import (
@@ -24,46 +26,15 @@ from blip2_search.indexes.errors import (
     StoreVersionError,
     VectorIndexError,
 )
+from blip2_search.indexes.exact import ExactIndex
 from blip2_search.indexes.manifest import State, read_state, write_state
-from blip2_search.indexes.store import ImageRecord, Manifest, Store, hash_file
-
-Q, E = 3, 4
-MANIFEST = Manifest(
-    model_name="toy",
-    model_fingerprint="f00d",
-    preprocessing={"size": 224, "mean": (0.5, 0.5, 0.5)},
-    num_vectors=Q,
-    dim=E,
-)
-
-
-def record(name, **changes):
-    fields = {
-        "path": f"/photos/{name}",
-        "size": 10,
-        "mtime_ns": 1_700_000_000_123_456_789,
-        "content_hash": hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest(),
-        "width": 640,
-        "height": 480,
-    }
-    return ImageRecord(**fields | changes)
-
-
-def features_of(*names):
-    """Features that tell their image: (len(names), Q, E)."""
-    seeds = [int.from_bytes(os.fsencode(name), "little") for name in names]
-    each = [np.random.default_rng(seed).standard_normal((Q, E)) for seed in seeds]
-    return np.array(each).reshape(-1, Q, E).astype(np.float16)
+from blip2_search.indexes.store import Store, hash_file
+from blip2_search.indexes.stored import open_index, refresh_shortcuts
 
 
 def add(store, *names):
     with store.writing():
         store.append([record(name) for name in names], features_of(*names))
-
-
-def content(store):
-    """Everything that a reader sees."""
-    return store.ids.tolist(), store.records, store.features().tobytes(), store.manifest
 
 
 def assert_holds(store, *names):
@@ -312,7 +283,7 @@ class TestRefusals:
         with pytest.raises(StoreError, match="Cannot write"):
             Store.create(tmp_path / "file" / "index", MANIFEST)
 
-    @pytest.mark.parametrize(("version", "help"), [(3, "upgrade"), (0, "--rebuild")])
+    @pytest.mark.parametrize(("version", "help"), [(4, "upgrade"), (0, "--rebuild")])
     def test_another_schema_version(self, store, version, help):
         other = dataclasses.replace(MANIFEST, schema_version=version)
         write_state(store.directory, State(manifest=other))
@@ -449,7 +420,19 @@ def _replace(store):
     Store.create(store.directory, MANIFEST, replace=True)
 
 
-CHANGES = {"append": _append, "remove": _remove, "compact": _compact, "replace": _replace}
+def _refresh(store):
+    with store.writing():
+        refresh_shortcuts(store)
+
+
+CHANGES = {
+    "append": _append,
+    "remove": _remove,
+    "compact": _compact,
+    "replace": _replace,
+    "refresh": _refresh,
+}
+UNSEEN = {"compact", "refresh"}  # change nothing that a reader sees
 
 
 @pytest.fixture(scope="module")
@@ -494,8 +477,7 @@ class TestKilled:
         done = [state == after for state in states]
         assert all(state in (before, after) for state in states)
         assert done == sorted(done)  # once done, done for good
-        if change != "compact":  # which changes nothing that a reader sees
-            assert not done[0]
+        assert done[0] == (change in UNSEEN)
 
     @pytest.mark.parametrize("change", CHANGES)
     def test_the_next_writer_goes_on(self, base, work, change, tmp_path):
@@ -508,14 +490,29 @@ class TestKilled:
                 store.append([record("z")], features_of("z"))
                 assert set(store.ids.tolist()) > old_ids
                 store.compact()
+                refresh_shortcuts(store)
             assert store.records == [*before[1], record("z")]
+            shortcuts = store.directory / "shortcuts"
+            assert not list(shortcuts.glob("*.tmp"))
+            assert len(list(shortcuts.glob("*.arrow"))) == len(segment_files(store))
             live = {segment.file for segment in read_state(store.directory).segments}
             assert {file.name for file in segment_files(store)} == live
             assert {file.name for file in store.directory.iterdir()} <= {
                 "manifest.json",
                 "segments",
+                "shortcuts",
                 "write.lock",
             }
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_searches_find_what_is_there(self, work, change):
+        queries = np.random.default_rng(0).standard_normal((5, E))
+        for killed in work.glob(f"{change} *"):
+            store = Store.open(killed)
+            if len(store):
+                found = open_index(store).search(queries, 3)
+                expected = ExactIndex(store.features()).search(queries, 3)
+                assert found.images.tolist() == expected.images.tolist()
 
     def test_the_kills_left_something_to_sweep(self, work):
         """Else the tests above would be easy."""
@@ -758,23 +755,33 @@ class TestVerify:
             store.repair()
 
 
-class TestVersion1:
-    """The first layout had no checksum of each image."""
+class TestOldVersions:
+    """Version 1 had no checksum of each image; 1 and 2 had features in pages, and no settings."""
+
+    @pytest.fixture(params=[1, 2])
+    def version(self, request):
+        return request.param
 
     @pytest.fixture
-    def old(self, store, monkeypatch):
+    def old(self, store, monkeypatch, version):
         whole = segments_module.make_table
 
         def make_table(*arguments):
             return whole(*arguments).drop_columns([segments_module.CHECKSUM])
 
-        monkeypatch.setattr(store_module, "make_table", make_table)
+        monkeypatch.setattr(segments_module, "_PAGE", 1)
+        if version == 1:
+            monkeypatch.setattr(store_module, "make_table", make_table)
         add(store, "a", "b")
         add(store, "c")
         monkeypatch.undo()
-        state = read_state(store.directory)
-        manifest = dataclasses.replace(state.manifest, schema_version=1)
-        write_state(store.directory, dataclasses.replace(state, manifest=manifest))
+        content = json.loads((store.directory / "manifest.json").read_text())
+        content["manifest"]["schema_version"] = version
+        del content["settings"], content["checksum"]
+        for segment in content["segments"]:
+            del segment["features_at"]
+        content["checksum"] = manifest_module._checksum(content)
+        (store.directory / "manifest.json").write_text(json.dumps(content))
         return Store.open(store.directory)
 
     def test_it_is_read_and_grows(self, old):
@@ -786,9 +793,18 @@ class TestVersion1:
             old.compact()
         assert_holds(old, "a", "c", "d")
         content = json.loads((old.directory / "manifest.json").read_text())
-        assert content["manifest"]["schema_version"] == 2
+        assert content["manifest"]["schema_version"] == 3
         assert all("features_crc32" in pq.read_schema(file).names for file in segment_files(old))
 
+    def test_it_is_searched(self, old):
+        queries = np.random.default_rng(0).standard_normal((9, E))
+        found = open_index(old).search(queries, 2)
+        expected = ExactIndex(features_of("a", "b", "c")).search(queries, 2)
+        assert found.images.tolist() == expected.images.tolist()
+        paths = old.paths_at(np.array([2, 0, 1, 2]))
+        assert paths == ["/photos/c", "/photos/a", "/photos/b", "/photos/c"]
+
+    @pytest.mark.parametrize("version", [1])
     def test_damage_names_the_whole_segment(self, old):
         segment = read_state(old.directory).segments[0]
         file = old.directory / "segments" / segment.file

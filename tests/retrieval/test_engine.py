@@ -22,6 +22,7 @@ from blip2_search.retrieval import indexer
 from blip2_search.retrieval.checkpoints import save_model
 from blip2_search.retrieval.engine import SearchEngine
 from blip2_search.retrieval.errors import DeviceMemoryError, ImageReadError
+from blip2_search.retrieval.prompts import PROMPTS
 from tiny import build_tiny_model, draw
 
 
@@ -420,3 +421,52 @@ def test_an_engine_sees_what_another_process_changed(engine, photos, tmp_path, t
     SearchEngine(tmp_path / "index", tiny_model).add([photos])
     found = engine.search_vectors(vectors, 99).images[0]
     assert len(found) == len(engine.paths()) == 17
+
+
+class TestKinds:
+    def test_a_compact_index_is_measured_and_answers(self, engine, photos):
+        exact = engine.search("a red circle", k=18, rerank=0)
+        assert engine.info().kind == "auto"
+        assert engine.info().recall is None
+        engine.add([photos], kind="compact", queries=["a red circle", "a blue bar"])
+        info = engine.info()
+        assert (info.kind, info.recall.queries, info.recall.recall_at_10) == ("compact", 2, 1.0)
+        assert info.search_bytes == 4 * 18 * info.recall.mean_directions
+        assert engine.search("a red circle", k=18, rerank=0) == exact
+        engine.add([photos])  # what was asked for stays
+        assert engine.info().recall == info.recall
+        engine.add([photos], kind="exact")
+        assert engine.info().recall is None
+        assert engine.search("a red circle", k=18, rerank=0) == exact
+
+    def test_without_texts_some_of_ours_are_asked(self, engine, photos):
+        engine.add([photos], kind="compact")
+        assert engine.info().recall.queries == len(PROMPTS)
+
+    def test_too_little_memory_is_said_and_loses_nothing(self, engine, photos):
+        with pytest.raises(VectorIndexError, match="need a memory of at least"):
+            engine.add([photos], memory=10)
+        assert len(engine.search("a red circle", k=18, rerank=0)) == 18
+
+    def test_compact_gives_back_the_room_of_removed_images(self, engine, photos):
+        before = engine.info().size_on_disk
+        sorted(photos.iterdir())[0].unlink()
+        sorted(photos.iterdir())[0].unlink()
+        engine.add([photos])
+        assert engine.info().size_on_disk == pytest.approx(before, rel=0.01)  # a row in nine
+        engine.compact()
+        assert engine.info().size_on_disk < before
+        assert len(engine.search("a red circle", k=18, rerank=0)) == 16
+
+    def test_a_damaged_shortcut_is_named_and_mended(self, engine, photos):
+        (shortcut,) = (engine.path / "shortcuts").glob("*.arrow")
+        content = bytearray(shortcut.read_bytes())
+        content[len(content) // 2] ^= 1
+        shortcut.write_bytes(content)
+        (damage,) = engine.verify()
+        assert (damage.file, damage.images) == (shortcut.absolute(), 0)
+        damages, report = engine.repair()
+        assert damages == [damage]
+        assert report is None
+        assert engine.verify() == []
+        assert shortcut.exists()
