@@ -1,7 +1,7 @@
 """Every error that this project raises on purpose.
 
     Blip2SearchError
-    ├── VectorIndexError        features or queries of a wrong shape, a bad k, no usable faiss
+    ├── VectorIndexError        features or queries of a wrong shape, a bad k, too little memory
     └── StoreError              the index on disk cannot do what was asked
         ├── StoreMissingError   the folder holds no index
         ├── StoreCorruptError   a file of the index is missing, cut short or altered
@@ -19,7 +19,7 @@ class Blip2SearchError(Exception):
 
 
 class VectorIndexError(Blip2SearchError):
-    """Features or queries of a wrong shape, a bad k, or no usable faiss."""
+    """Features or queries of a wrong shape, a bad k, or too little memory."""
 
 
 class StoreError(Blip2SearchError):

@@ -53,7 +53,7 @@ def measure(exact: BoundedIndex, queries: Float32, mean_directions: int) -> Meas
                 recall_at_10=at_10,
                 recall_at_128=at_128,
             )
-        candidates *= 2
+        candidates = candidates * 3 // 2
 
 
 def recall(

@@ -13,7 +13,7 @@ from blip2_search import __version__
 from blip2_search.indexes.errors import StoreMissingError
 
 COMMANDS = ["index", "query", "info", "models", "demo", "train"]
-HEAVY = ["torch", "faiss", "transformers", "pyarrow", "numpy", "PIL", "rich", "matplotlib"]
+HEAVY = ["torch", "transformers", "pyarrow", "numpy", "PIL", "rich", "matplotlib"]
 CHECK = f"""
 import sys
 from blip2_search.cli.app import app

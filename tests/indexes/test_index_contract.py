@@ -10,22 +10,16 @@ from blip2_search.indexes.base import search_any
 from blip2_search.indexes.bounded import index_in_memory
 from blip2_search.indexes.errors import Blip2SearchError, VectorIndexError
 from blip2_search.indexes.exact import ExactIndex
-from blip2_search.indexes.flat import FaissIndex
 
 
-@pytest.fixture(
-    params=["exact", "bounded", "one direction", "faiss", "faiss by fetching", "faiss by scanning"]
-)
-def build(request, force):
-    """Return what makes an index; FAISS also with each of its two ways alone."""
+@pytest.fixture(params=["exact", "bounded", "one direction"])
+def build(request):
+    """Return what makes an index."""
     if request.param == "exact":
         return ExactIndex
     if request.param == "bounded":
         return index_in_memory
-    if request.param == "one direction":
-        return lambda features: index_in_memory(features, directions=1)
-    force(request.param.removeprefix("faiss by "))
-    return FaissIndex
+    return lambda features: index_in_memory(features, directions=1)
 
 
 def whole_numbers(*shape, seed=0):
