@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -101,7 +100,6 @@ def measure(store: Store, real: Float16, queries: Float32, calibration: Float32)
             refresh_shortcuts(fresh)
 
     found[f"add_{ADDED}_s"] = seconds(add)
-    found["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return found
 
 

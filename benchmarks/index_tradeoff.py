@@ -349,19 +349,15 @@ def _print(results: dict[str, dict[str, float]], title: str) -> None:
 def _draw(results: dict[str, dict[str, float]], title: str, picture: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
     for name, row in results.items():
-        (point,) = axes.plot(row["p50_ms"], row[f"recall@{DEPTH}"], "o")
-        axes.annotate(
-            f"{name}\n{row['bytes_an_image']:,.0f} bytes", (row["p50_ms"], row[f"recall@{DEPTH}"]),
-            textcoords="offset points", xytext=(6, -4), fontsize=7, va="top", color=point.get_color(),
-        )  # fmt: skip
-    axes.set(
-        xscale="log", xlabel="ms a query (p50)", ylabel=f"recall@{DEPTH} of exact", title=title
-    )
-    axes.margins(x=0.25, y=0.15)
+        label = f"{name} ({row['bytes_an_image']:,.0f} bytes an image)"
+        axes.plot(row["p50_ms"], row[f"recall@{DEPTH}"], "o", label=label)
+    axes.set(xscale="log", xlabel="ms a query (p50)", ylabel=f"recall@{DEPTH} of exact")
+    axes.set_title(title)
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
 

@@ -75,9 +75,9 @@ def growth_table(result: dict[str, Any]) -> str:
     """Return what an index costs at several sizes, as a table in Markdown."""
     rows = result["rows"]
     titles = {
-        "exact_open_s": ("exact: open, s", "{:.2f}"),
+        "exact_open_s": ("exact: open, s", "{:.3f}"),
         "exact_p50_ms": ("exact: a query, ms", "{:.0f}"),
-        "compact_open_s": ("compact: open, s", "{:.2f}"),
+        "compact_open_s": ("compact: open, s", "{:.3f}"),
         "compact_p50_ms": ("compact: a query, ms", "{:.0f}"),
         "recall@128": ("compact: recall@128", "{:.4f}"),
         "add_1000_s": ("add 1,000 images, s", "{:.1f}"),

@@ -96,7 +96,7 @@ def index(
     from ..retrieval.engine import SearchEngine
 
     sources = _read_dashes(paths)
-    texts = _read_texts(queries) if queries is not None else []
+    texts = options.read_texts(queries, "--queries") if queries is not None else []
     engine = SearchEngine(index, model, device=device)
     with encoding_progress() as on_progress:
         report = engine.add(
@@ -133,14 +133,6 @@ def _read_dashes(paths: Sequence[Path]) -> list[Path]:
     if not sources:
         raise typer.BadParameter("there are no paths on stdin", param_hint="PATH")
     return sources
-
-
-def _read_texts(file: Path) -> list[str]:
-    lines = file.read_text(encoding="utf-8").splitlines()
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise typer.BadParameter(f"there are no texts in {file}", param_hint="--queries")
-    return texts
 
 
 def _summarise(report: IndexReport, index: Path, every_skipped: bool) -> None:

@@ -74,6 +74,15 @@ def byte_size(text: str) -> int:
     return int(number * 1000 ** " KMGT".index(match[2] or " "))
 
 
+def read_texts(file: Path, option: str) -> list[str]:
+    """Read texts, one a line, for an option of this name."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise typer.BadParameter(f"there are no texts in {file}", param_hint=option)
+    return texts
+
+
 IndexOption = Annotated[
     Path,
     typer.Option(

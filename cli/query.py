@@ -34,6 +34,16 @@ def query(
             help="Find what looks like this, in place of TEXT.",
         ),
     ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            "--texts",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Rank these texts, one a line, by how well they fit --image; no index is needed.",
+        ),
+    ] = None,
     index: options.IndexOption,
     k: Annotated[int, typer.Option("-k", min=1, metavar="N", help="How many hits.")] = 10,
     rerank: Annotated[
@@ -55,7 +65,7 @@ def query(
     model: options.ModelOption = None,
     verbose: options.VerboseOption = False,
 ) -> None:
-    """Find photographs that fit a text, or that look like an image.
+    """Find photographs that fit a text, or that look like an image; or texts that fit an image.
 
     The 32 vectors of each photograph are compared with the text (ITC, the best of the 32 counts);
     the best --rerank photographs are then looked at again, together with the text (ITM).
@@ -65,16 +75,24 @@ def query(
       blip2-search query "a dog in the snow"
       blip2-search query "a clock tower" -k 3
       blip2-search query --image holiday.jpg
+      blip2-search query --image holiday.jpg --texts labels.txt
       blip2-search query "a red car" --json | jq -r .path
       blip2-search query "a red car" -0 | xargs -0 cp -t ./cars
     """
     if as_json and (as_paths or null):
         raise typer.BadParameter("it excludes --paths", param_hint="--json")
+    if texts is not None and (image is None or text is not None or as_paths or null):
+        raise typer.BadParameter("it goes with --image, and finds no paths", param_hint="--texts")
     question = _question(text, image)
 
     from ..retrieval.engine import SearchEngine
 
-    hits = _search(SearchEngine(index, model, device=device), question, k, rerank)
+    engine = SearchEngine(index, model, device=device)
+    if texts is not None and image is not None:
+        found = engine.rank_texts(image, options.read_texts(texts, "--texts"), k, rerank)
+        (render.print_json if as_json else render.print_texts)(found)
+        return
+    hits = _search(engine, question, k, rerank)
     if as_json:
         render.print_json(hits)
     elif as_paths or null:

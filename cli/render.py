@@ -20,7 +20,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..retrieval.engine import Hit, IndexInfo
+    from ..retrieval.engine import Hit, IndexInfo, TextHit
 
 _ESCAPED = frozenset(
     ("Cc", "Cs", "Zl", "Zp")
@@ -47,7 +47,19 @@ def print_hits(hits: Iterable[Hit]) -> None:
     print_table(table)
 
 
-def print_json(hits: Iterable[Hit]) -> None:
+def print_texts(hits: Iterable[TextHit]) -> None:
+    """Print a table of texts for people; the scores are those of `print_hits`."""
+    from rich.text import Text
+
+    table = new_table("#", "text", "score", "ITC", "ITM", right=("#", "score", "ITC", "ITM"))
+    for hit in hits:
+        itm = "-" if hit.itm is None else f"{hit.itm:.3f}"
+        text = Text(printable(hit.text), overflow="fold")
+        table.add_row(str(hit.rank), text, f"{hit.score:.3f}", f"{hit.itc:.3f}", itm)
+    print_table(table)
+
+
+def print_json(hits: Iterable[Hit | TextHit]) -> None:
     r"""Print one JSON object a line.
 
     All of it is ASCII, so that it survives every encoding; a byte that is no UTF-8 becomes `\udcXX`,

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..indexes.base import SearchResult, search_any
-from ..indexes.bounded import BoundedIndex
+from ..indexes.bounded import BoundedIndex, index_in_memory
 from ..indexes.errors import ModelMismatchError, StoreMissingError, VectorIndexError
 from ..indexes.manifest import Kind, Settings
 from ..indexes.recall import Measured
@@ -43,7 +43,7 @@ from .loading import DEFAULT_MODEL, load_embedder
 from .model import RetrievalModel, with_itm_head
 from .prompts import PROMPTS
 
-__all__ = ["Hit", "IndexInfo", "IndexReport", "SearchEngine", "SkippedFile"]
+__all__ = ["Hit", "IndexInfo", "IndexReport", "SearchEngine", "SkippedFile", "TextHit"]
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,17 @@ class Hit:
     score: float  # ITM logit + ITC similarity; the ITC similarity alone without rerank
     itc: float  # cosine, -1 to 1
     itm: float | None  # raw logit of "match"; None without rerank
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextHit:
+    """One text that fits an image; the scores are those of `Hit`."""
+
+    rank: int
+    text: str
+    score: float
+    itc: float
+    itm: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +304,56 @@ class SearchEngine:
         if not rerank:
             return self._hits(images, scores, None, k)
         return self._rerank(with_itm_head(model), query, images, scores, k)
+
+    def rank_texts(
+        self,
+        image: Path | Image.Image,
+        texts: Sequence[str],
+        k: int = 10,
+        rerank: int | None = None,
+    ) -> list[TextHit]:
+        """Find the texts that fit an image: the other direction, among texts that you give.
+
+        Args:
+            image: an image file or a PIL image; it need not be in the index.
+            texts: any number, at least one.
+            k: how many hits.
+            rerank: as for `search`.
+
+        Returns:
+            at most k of the texts, best first; of equals the earlier one.
+
+        Raises:
+            ImageReadError: the image cannot be read.
+            VectorIndexError: k or rerank is too small, or there is no text.
+            ModelMismatchError, CheckpointError: as `search`.
+        """
+        if k < 1 or (rerank or 0) < 0 or not texts:
+            raise VectorIndexError("k must be at least 1, rerank at least 0, and a text be given")
+        try:
+            model = self._model_of(Store.open(self.path))
+        except StoreMissingError:
+            model = self._loaded(DEFAULT_MODEL)
+        if rerank is None:
+            rerank = DEFAULT_RERANK if isinstance(model, RetrievalModel) else 0
+        index = index_in_memory(model.encode_texts(list(texts))[:, None])  # a vector a text
+        itc, found = search_any(index, model.encode_images([image])[0], max(k, rerank))
+        itm, scores = None, itc
+        if rerank:
+            reranker = with_itm_head(model)
+            itm = reranker.match(reranker.image_tokens([image]), [texts[i] for i in found])
+            scores = itc + itm
+        order = np.argsort(-scores, kind="stable")[:k]
+        return [
+            TextHit(
+                rank=rank,
+                text=texts[found[i]],
+                score=float(scores[i]),
+                itc=float(itc[i]),
+                itm=None if itm is None else float(itm[i]),
+            )
+            for rank, i in enumerate(order, start=1)
+        ]
 
     def search_vectors(self, vectors: npt.NDArray[np.float32], k: int) -> SearchResult:
         """Find the images nearest to the vectors of many texts, by ITC alone.

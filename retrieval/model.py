@@ -161,19 +161,23 @@ class RetrievalModel(nn.Module):
         """Return the ITM logit "these match" of pairs: (N,), float32; raw, no softmax.
 
         Args:
-            image_tokens: (N, P, D), of `image_tokens`.
+            image_tokens: (N, P, D), of `image_tokens`; (1, P, D) pairs one image with all texts.
             texts: N captions; the i-th is scored against the i-th image.
             batch_size: pairs a pass.
 
         Raises:
             ValueError: the two are not equally many.
         """
-        if len(image_tokens) != len(texts):
+        if len(image_tokens) not in (1, len(texts)):
             raise ValueError(f"{len(image_tokens)} images cannot pair with {len(texts)} texts")
         scores = []
         for i in range(0, len(texts), batch_size):
-            tokens = image_tokens[i : i + batch_size].to(self.device, self.dtype)
-            logits = self.match_logits(tokens, self.tokenize(texts[i : i + batch_size]))
+            text = self.tokenize(texts[i : i + batch_size])
+            tokens, image_of = image_tokens[i : i + batch_size], None
+            if len(image_tokens) == 1:
+                tokens = image_tokens
+                image_of = torch.zeros(len(text.token_ids), dtype=torch.int64, device=self.device)
+            logits = self.match_logits(tokens.to(self.device, self.dtype), text, image_of)
             scores.append(logits[:, MATCH].float().cpu().numpy())
         return np.concatenate(scores) if scores else np.empty(0, np.float32)
 

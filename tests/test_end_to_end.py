@@ -132,6 +132,21 @@ def test_errors_are_one_sentence_with_a_way_out(run, photos, checkpoint, tmp_pat
     assert "no model" in run("index", photos, "--rebuild", "--model", "nonesuch", code=1).stderr
 
 
+def test_texts_are_ranked_for_an_image(photos, run, checkpoint, tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("a red circle\n\na blue bar\n")
+    photo = sorted(photos.iterdir())[0]
+    ask = ("query", "--image", photo, "--texts", labels, "--model", checkpoint)
+    found = hits(run(*ask, "--json"))
+    assert {hit["text"] for hit in found} == {"a red circle", "a blue bar"}
+    assert found[0]["score"] >= found[1]["score"]
+    assert "a blue bar" in run(*ask, "-k", 2, "--rerank", 0).stdout
+    run("query", "a bar", "--texts", labels, code=2)
+    run(*ask, "--paths", code=2)
+    labels.write_text("\n")
+    run(*ask, code=2)
+
+
 def test_a_compact_index_says_what_it_misses(photos, run, checkpoint, tmp_path):
     run("index", photos, "--model", checkpoint)
     exact = hits(run("query", "a red bar", "--json"))

@@ -470,3 +470,44 @@ class TestKinds:
         assert report is None
         assert engine.verify() == []
         assert shortcut.exists()
+
+
+class TestRankTexts:
+    TEXTS = ("a red circle", "a blue bar", "a red circle", "something else entirely")
+
+    def test_by_itc_alone(self, engine, photos, tiny_model):
+        photo = sorted(photos.iterdir())[3]
+        features = tiny_model.encode_images([photo])[0]
+        itc = (features @ tiny_model.encode_texts(self.TEXTS).T).max(axis=0)
+        hits = engine.rank_texts(photo, self.TEXTS, k=4, rerank=0)
+        assert [hit.text for hit in hits] == [
+            self.TEXTS[i] for i in np.argsort(-itc, kind="stable")
+        ]
+        assert [hit.score for hit in hits] == pytest.approx(sorted(itc, reverse=True), abs=1e-5)
+        assert [(hit.rank, hit.itm) for hit in hits] == [(1, None), (2, None), (3, None), (4, None)]
+
+    def test_reranked(self, engine, photos, tiny_model):
+        photo = sorted(photos.iterdir())[3]
+        hits = engine.rank_texts(photo, self.TEXTS, k=3)
+        assert len(hits) == 3
+        tokens = tiny_model.image_tokens([photo])
+        for hit in hits:
+            assert hit.itm == pytest.approx(tiny_model.match(tokens, [hit.text])[0], abs=1e-4)
+            assert hit.score == pytest.approx(hit.itc + hit.itm, abs=1e-5)
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+    def test_needs_no_index(self, tmp_path, photos, tiny_model):
+        empty = SearchEngine(tmp_path / "none", tiny_model)
+        assert len(empty.rank_texts(Image.new("RGB", (40, 30)), ["a", "b"], k=1)) == 1
+        with pytest.raises(VectorIndexError):
+            empty.rank_texts(sorted(photos.iterdir())[0], [])
+
+
+def test_one_image_pairs_with_many_texts(photos, tiny_model):
+    paths = sorted(photos.iterdir())[:2]
+    texts = ["a red circle", "a bar", "white"]
+    one = tiny_model.image_tokens(paths[:1])
+    expected = tiny_model.match(one.expand(3, -1, -1), texts)
+    assert tiny_model.match(one, texts, batch_size=2) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="2 images cannot pair with 3 texts"):
+        tiny_model.match(tiny_model.image_tokens(paths), texts)
