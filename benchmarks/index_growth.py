@@ -22,14 +22,7 @@ from rich.table import Table
 
 from ..indexes.manifest import Kind, Manifest, Settings
 from ..indexes.store import SEGMENT_ROWS, ImageRecord, Store
-from ..indexes.stored import (
-    bytes_a_search,
-    measure_recall,
-    measured_recall,
-    needs_measuring,
-    open_index,
-    refresh_shortcuts,
-)
+from ..indexes.stored import StoredIndex
 from ..retrieval.engine import SearchEngine
 from ..retrieval.loading import load_embedder
 from ..retrieval.prompts import PROMPTS
@@ -72,14 +65,17 @@ def measure(store: Store, real: Float16, queries: Float32, calibration: Float32)
     for kind in kinds:
         with store.writing():
             store.change_settings(Settings(kind=kind))
-            if needs_measuring(store):
-                found["measuring_s"] = seconds(lambda: measure_recall(store, calibration))
+            stored = StoredIndex(store)
+            if stored.needs_measuring:
+                start = time.perf_counter()
+                stored.measure(calibration)
+                found["measuring_s"] = time.perf_counter() - start
         start = time.perf_counter()
-        index = open_index(Store.open(store.directory))
+        index = StoredIndex(Store.open(store.directory)).open()
         hits = index.search(queries[:1], 10).images[0]
         store.paths_at(hits)
         found[f"{kind}_open_and_first_hit_s"] = time.perf_counter() - start
-        found[f"{kind}_open_s"] = seconds(lambda: open_index(Store.open(store.directory)))
+        found[f"{kind}_open_s"] = seconds(lambda: StoredIndex(Store.open(store.directory)).open())
         times = []
         for query in queries if kind == "compact" else queries[:16]:
             start = time.perf_counter()
@@ -87,9 +83,10 @@ def measure(store: Store, real: Float16, queries: Float32, calibration: Float32)
             times.append(1000 * (time.perf_counter() - start))
         found[f"{kind}_p50_ms"] = float(np.percentile(times, 50))
         found[f"{kind}_p95_ms"] = float(np.percentile(times, 95))
-        found[f"{kind}_bytes_an_image"] = bytes_a_search(store) / len(store)
-    measured = measured_recall(store)
-    assert measured is not None
+        found[f"{kind}_bytes_an_image"] = index.nbytes / len(store)
+    measured = StoredIndex(store).measured
+    if measured is None:
+        raise SystemExit(f"{len(store)} images are too few for a compact index")
     found |= {"candidates": measured.candidates, "recall@128": measured.recall_at_128}
     found["disk_bytes_an_image"] = store.size_on_disk() / len(store)
 
@@ -97,7 +94,7 @@ def measure(store: Store, real: Float16, queries: Float32, calibration: Float32)
         with Store.open(store.directory).writing() as fresh:
             grow(fresh, real, len(fresh) + ADDED)
             fresh.compact(0.2)
-            refresh_shortcuts(fresh)
+            StoredIndex(fresh).refresh()
 
     found[f"add_{ADDED}_s"] = seconds(add)
     return found
@@ -135,7 +132,7 @@ def main() -> None:
             with store.writing():
                 building = seconds(lambda images=images: grow(store, real, images))  # type: ignore[misc]
                 building += seconds(lambda: store.compact(0.2))
-                shortcuts = seconds(lambda: refresh_shortcuts(store))
+                shortcuts = seconds(lambda: StoredIndex(store).refresh())
             rows.append(measure(store, real, queries, calibration))
             rows[-1] |= {"append_s": building, "shortcuts_s": shortcuts}
             print(json.dumps(rows[-1]), flush=True)

@@ -16,7 +16,5 @@ def compact(*, index: options.IndexOption, verbose: options.VerboseOption = Fals
     """
     from ..retrieval.engine import SearchEngine
 
-    engine = SearchEngine(index)
-    before = engine.info().size_on_disk
-    engine.compact()
-    render.say(f"{render.size(before)} before, {render.size(engine.info().size_on_disk)} now")
+    before, after = SearchEngine(index).compact()
+    render.say(f"{render.size(before)} before, {render.size(after)} now")

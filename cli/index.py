@@ -52,7 +52,7 @@ def index(
         Kind | None,
         typer.Option(
             "--kind",
-            help="exact finds what comparing everything finds; compact goes through 32 times less, "
+            help="exact finds what comparing everything finds; compact goes through about 32 times less, "
             "and measures what it misses; auto is exact where that fits into --memory. It stays until "
             "changed.  [default: auto]",
         ),

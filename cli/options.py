@@ -76,7 +76,10 @@ def byte_size(text: str) -> int:
 
 def read_texts(file: Path, option: str) -> list[str]:
     """Read texts, one a line, for an option of this name."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{file} is not UTF-8 text", param_hint=option) from error
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise typer.BadParameter(f"there are no texts in {file}", param_hint=option)

@@ -102,16 +102,21 @@ def print_info(info: IndexInfo) -> None:
         "model": f"{info.model_name} (fingerprint {info.model_fingerprint})",
         "preprocessing": settings,
         "layout": f"version {info.schema_version}",
-        "search": _search_kind(info),
+        "search": search_kind(info),
     }
     width = max(map(len, rows))
     for name, value in rows.items():
         typer.echo(f"{name:<{width}}  {printable(value)}")
 
 
-def _search_kind(info: IndexInfo) -> str:
-    through = f"through {size(info.search_bytes)} a query"
+def search_kind(info: IndexInfo) -> str:
+    """Say which kind of index it is, and what it was measured to find."""
     recall = info.recall
+    if info.search_bytes is None:
+        return "exact, slow to open: run `blip2-search compact` once"
+    through = f"through {size(info.search_bytes)} a query"
+    if recall is None and info.needs_measuring:
+        return f"exact, {through}, until compact is measured: run `blip2-search index` again"
     if recall is None:
         return f"exact, {through}"
     found = f"recall@10 of exact {recall.recall_at_10:.4f}, recall@128 {recall.recall_at_128:.4f}"

@@ -4,7 +4,7 @@ N images, Q vectors an image, B queries, E numbers a vector, K = min(k, N) resul
 
     similarity(query, image) = max over the image's Q vectors of (query . vector)
 
-Every index gives the same answer, to the last bit: the K images of greatest similarity, in
+Every exact index gives the same answer, to the last bit: the K images of greatest similarity, in
 descending order, and of equal similarities the lower image number first. An image's number is its
 row in the features that the index was built from.
 """
@@ -69,10 +69,10 @@ def search_any(index: VectorIndex, queries: npt.ArrayLike, k: int) -> tuple[Floa
     Raises:
         VectorIndexError: as `search`, or M = 0.
     """
-    # Each vector's own top K is enough. Take an image that none of them lists at its best vector:
-    # there, K images stand before it, so they do overall, and it is no answer. Likewise an image
-    # whose best vector does not list it may get too low a score here, never too high, and it was no
-    # answer to begin with.
+    # Each vector's own top K is enough, where the index is exact. Take an image that none of them
+    # lists at its best vector: there, K images stand before it, so they do overall, and it is no
+    # answer. Likewise an image whose best vector does not list it may get too low a score here, never
+    # too high, and it was no answer to begin with.
     found = index.search(queries, k)
     if not len(found.images):
         raise VectorIndexError("A search needs at least one query vector.")

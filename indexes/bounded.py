@@ -14,6 +14,7 @@ What it finds among them is exact, and how much that is of all has been measured
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from .shortcuts import Shortcut, make_shortcut
 DEPTH = 128  # results that a compact index's candidates are meant for
 _FIRST = 2  # images looked at first, for each image wanted
 _CACHED = 1 << 18  # numbers scored at once: 1 MB in float32 stays in a core's cache
+_BOUNDS_HELD = 1 << 26  # bounds of all images for some queries: 256 MB in float32
 _IN_FLIGHT = 1 << 22  # numbers held at once while searching, about: 16 MB in float32
 
 
@@ -51,7 +53,7 @@ class BoundedIndex:
         candidates: int | None = None,
         mean_directions: int | None = None,
     ) -> None:
-        """Search features as they are; they are neither copied nor looked at.
+        """Search features where they are; of a compact index the means are copied, nothing else.
 
         Args:
             features: (N, Q, E), float16 or float32, finite.
@@ -68,18 +70,27 @@ class BoundedIndex:
         self._candidates = candidates
         self._means = np.empty((0, 0), np.float32)
         if candidates is not None:
-            means = Joined([shortcut.means for shortcut in shortcuts], features.live)
-            self._means = np.empty((len(means), mean_directions or len(directions)), np.float32)
-            for images, part, live in means.by_part():
-                columns = part[:, : self._means.shape[1]]
-                self._means[images] = columns if live is None else columns[live]
+            self._means = self._copy_means(mean_directions or len(directions))
 
     def compact(self, candidates: int, mean_directions: int | None = None) -> BoundedIndex:
         """The same images, searched among candidates; see `__init__`."""
-        return BoundedIndex(
-            self._features, self._shortcuts, self._directions,
-            candidates=candidates, mean_directions=mean_directions,
-        )  # fmt: skip
+        if self._candidates is None or mean_directions != self._means.shape[1]:
+            return BoundedIndex(
+                self._features, self._shortcuts, self._directions,
+                candidates=candidates, mean_directions=mean_directions,
+            )  # fmt: skip
+        other = copy(self)  # the means are the same
+        other._candidates = candidates
+        return other
+
+    def _copy_means(self, mean_directions: int) -> Float32:
+        """The means of all live images in one piece: (N, mean_directions)."""
+        means = Joined([shortcut.means for shortcut in self._shortcuts], self._features.live)
+        found = np.empty((len(means), mean_directions), np.float32)
+        for images, part, live in means.by_part():
+            columns = part[:, :mean_directions]
+            found[images] = columns if live is None else columns[live]
+        return found
 
     @property
     def num_images(self) -> int:
@@ -119,7 +130,7 @@ class BoundedIndex:
         scores = np.empty((len(queries), count), np.float32)
         if not count:
             return SearchResult(scores=scores, images=images)
-        for part in blocks(len(queries), self.num_images, _IN_FLIGHT):
+        for part in blocks(len(queries), self.num_images, _BOUNDS_HELD):
             near = self._near(queries[part], self._wanted(count))
             for row, (seen, bounds) in zip(range(part.start, part.stop), near, strict=True):
                 images[row], scores[row] = self._answer(queries[row], seen, bounds, count)
@@ -149,9 +160,9 @@ class BoundedIndex:
                     (images, self._bounds_of(images, split[:, [row]]))
                     for row, images in enumerate(self._nearest_means(split, wanted))
                 ]
-        for query, (_, bounds) in zip(queries, near, strict=True):
-            bounds += np.float32(self._margin() * np.linalg.norm(query.astype(np.float64)))
-            bounds[~np.isfinite(bounds)] = np.inf
+            for query, (_, bounds) in zip(queries, near, strict=True):
+                bounds += np.float32(self._directions.margin(self._longest, _length(query)))
+                bounds[~np.isfinite(bounds)] = np.inf
         return near
 
     def _nearest_means(self, split: Float32, wanted: int) -> list[Int64]:
@@ -178,21 +189,11 @@ class BoundedIndex:
             found[some] = _maxima(self._bounds[images[some]], split)[:, 0]
         return found
 
-    def _margin(self) -> float:
-        """What rounding can take from a bound, for a query of length 1.
-
-        Inner products and lengths of n numbers are off by at most n * u of the product of the
-        lengths, in the first order of u = 2 ** -24 (Higham, Accuracy and Stability of Numerical
-        Algorithms, 3.1): the oracle's own sum, the two along the directions and the two lengths.
-        """
-        terms = 4 * self.dim + 6 * (len(self._directions) + 1)
-        return self._longest * (1.1 * terms * UNIT + 4 * self._directions.skew) + 2.0**-100
-
     def _answer(
         self, query: Float32, images: Int64, bounds: Float32, count: int
     ) -> tuple[Int64, Float32]:
         """The best of some images (n,) for a query, and their similarities."""
-        margin = 2 * self._margin() * float(np.linalg.norm(query.astype(np.float64)))
+        margin = self._rounding(query)
         first = min(len(images), _FIRST * count)
         seen = np.argpartition(-bounds, first - 1)[:first]
         scores = self._approximate(images[seen], query)
@@ -209,6 +210,10 @@ class BoundedIndex:
         exact = similarities_of(self._features, images, query)
         best = best_first(exact, images, count)
         return images[best], exact[best]
+
+    def _rounding(self, query: Float32) -> float:
+        """The most by which two sums of the query's inner product with any vector can differ."""
+        return 1.01 * 2 * self.dim * (UNIT * _length(query) * self._longest + 2.0**-149)
 
     def _approximate(self, images: Int64, query: Float32) -> npt.NDArray[np.float64]:
         """The similarities of some images but for rounding: (n,) -> (n,)."""
@@ -240,6 +245,10 @@ def index_in_memory(
     found = find_directions(features, directions)
     shortcut = make_shortcut(found, features)
     return BoundedIndex(Joined([features]), [shortcut], found, candidates=candidates)
+
+
+def _length(query: Float32) -> float:
+    return float(np.linalg.norm(query.astype(np.float64)))
 
 
 def _maxima(bounds: Float32, split: Float32) -> Float32:

@@ -13,7 +13,7 @@ from .bounded import DEPTH, BoundedIndex
 from .files import replace_file
 
 TARGET = 0.999  # share of the exact answer's best 10 and 128 to be found
-_FEWEST, _MOST = 512, 16384  # candidates
+FEWEST, _MOST = 512, 20_000  # candidates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class Measured:
 
     directions: str  # their key
     images: int
+    next_id: int  # of the store: tells how many images have come since
     queries: int
     mean_directions: int
     candidates: int | None  # None: as many as allowed find too little, and the index stays exact
@@ -29,31 +30,37 @@ class Measured:
     recall_at_128: float
 
 
-def measure(exact: BoundedIndex, queries: Float32, mean_directions: int) -> Measured:
-    """Finds the fewest candidates with which 0.999 of the best 128 images are found.
+def measure(
+    exact: BoundedIndex, queries: Float32, mean_directions: int, next_id: int = 0
+) -> Measured:
+    """Finds the fewest candidates with which 0.999 of the best 10 and 128 images are found.
 
     Args:
         exact: the index.
         queries: (B, E), of texts such as people ask.
         mean_directions: of the means.
+        next_id: of the store.
     """
     truth = exact.search(queries, DEPTH).images
-    candidates = _FEWEST
+    candidates = FEWEST
+    index = exact
     while True:
-        found = exact.compact(candidates, mean_directions).search(queries, DEPTH).images
+        index = index.compact(candidates, mean_directions)
+        found = index.search(queries, DEPTH).images
         at_10, at_128 = (recall(found, truth, depth) for depth in (10, DEPTH))
         enough = min(at_10, at_128) >= TARGET
-        if enough or candidates >= _MOST:
+        if enough or candidates == _MOST:
             return Measured(
                 directions=exact.directions.key,
                 images=exact.num_images,
+                next_id=next_id,
                 queries=len(queries),
                 mean_directions=mean_directions,
                 candidates=candidates if enough else None,
                 recall_at_10=at_10,
                 recall_at_128=at_128,
             )
-        candidates = candidates * 3 // 2
+        candidates = min(candidates * 3 // 2, _MOST)
 
 
 def recall(

@@ -152,6 +152,11 @@ def map_features(folder: Path, segment: Segment, shape: tuple[int, int]) -> npt.
     return np.frombuffer(content, "<f2", count, segment.features_at).reshape(-1, *shape)
 
 
+def is_outdated(segment: Segment) -> bool:
+    """Whether writing a segment again would let its features be mapped."""
+    return segment.features_at is None and segment.features_end - segment.features_start < _PAGE
+
+
 def read_paths(folder: Path, segment: Segment, rows: Sequence[int]) -> list[str]:
     """The paths of some rows, by their numbers in the file.
 

@@ -4,7 +4,7 @@ The bounds of `directions` rule most images out. An image's vectors are much ali
 along the directions tells well enough which images are worth a look at their bounds.
 
 On disk a shortcut is an Arrow file of two float32 columns, memory-mapped. It says nothing that the
-features do not say: where it is missing or not whole, it is computed anew.
+features do not say: where it is missing, truncated or of another shape, it is computed anew.
 
 N images, Q vectors an image, E numbers a vector, d directions.
 """
@@ -78,10 +78,10 @@ def read_shortcut(path: Path, images: int, per_image: int, directions: int) -> S
     return Shortcut(shortcut.means, bounds, shortcut.longest)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a shortcut's file can be read, and its checksum is right."""
+def checksum_differs(shortcut: Shortcut, path: Path) -> bool:
+    """Whether a file's shortcut is not what was written, as far as a checksum can tell."""
     found = _read(path)
-    return found is not None and _checksum(found[0]) == found[1]
+    return found is None or _checksum(shortcut) != found[1]
 
 
 def _read(path: Path) -> tuple[Shortcut, int] | None:
@@ -105,4 +105,5 @@ def _column(rows: Float32) -> pa.Array:
 
 
 def _checksum(shortcut: Shortcut) -> int:
-    return zlib.crc32(shortcut.bounds.data, zlib.crc32(shortcut.means.data))
+    longest = zlib.crc32(shortcut.longest.hex().encode())
+    return zlib.crc32(shortcut.bounds.data, zlib.crc32(shortcut.means.data, longest))

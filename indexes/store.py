@@ -44,6 +44,7 @@ from .segments import (
     SUFFIX,
     ImageRecord,
     damaged_rows,
+    is_outdated,
     make_table,
     map_features,
     read_features,
@@ -69,6 +70,7 @@ SEGMENT_ROWS = (
     8192  # the most images a segment: 128 MB of 32 x 256 features, what a merge holds in memory
 )
 SHORTCUTS = "shortcuts"  # the folder of what `stored` keeps: derived from the segments
+RECALL = "recall.json"  # in it: what was measured of these images, and says nothing of others
 _SEGMENTS = "segments"
 _LOCK = "write.lock"
 _OURS = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")  # sweeping touches no other name
@@ -109,13 +111,19 @@ class Store:
 
     @classmethod
     def create(
-        cls, directory: str | os.PathLike[str], manifest: Manifest, *, replace: bool = False
+        cls,
+        directory: str | os.PathLike[str],
+        manifest: Manifest,
+        *,
+        settings: Settings | None = None,
+        replace: bool = False,
     ) -> Store:
         """Makes an empty index in a folder, which is created if need be.
 
         Args:
             directory: the folder.
             manifest: what will make the features.
+            settings: how it wants to be searched.
             replace: throw away the index that is there, readable or not.
 
         Raises:
@@ -134,7 +142,8 @@ class Store:
         with _locked(path):
             if (path / MANIFEST).exists() and not replaceable:
                 raise StoreError(f"There is a {MANIFEST} in {path} already.")
-            store = cls(path, State(manifest=manifest))
+            store = cls(path, State(manifest=manifest, settings=settings or Settings()))
+            (path / SHORTCUTS / RECALL).unlink(missing_ok=True)
             write_state(path, store._state)
             store._sweep()
         return store
@@ -170,6 +179,11 @@ class Store:
     def segments(self) -> tuple[Segment, ...]:
         """The live segments, in the order of the rows."""
         return self._state.segments
+
+    @property
+    def next_id(self) -> int:
+        """The id of the next image: how many there have ever been."""
+        return self._state.next_id
 
     @property
     def revision(self) -> object:
@@ -368,7 +382,8 @@ class Store:
         few segments, and over many runs a row is rewritten a few times only.
 
         Args:
-            tolerated: the share of removed rows with which a segment may stay as it is.
+            tolerated: the share of removed rows with which a segment may stay as it is; 0 also
+                rewrites segments of older versions.
 
         Raises:
             StoreError: outside of `writing`, or the disk is full.
@@ -442,7 +457,8 @@ class Store:
 
     def _merge(self, group: list[Segment], tolerated: float) -> Segment:
         """One segment with the live rows of a group."""
-        if len(group) == 1 and len(group[0].removed) <= tolerated * group[0].rows:
+        alone, outdated = len(group) == 1, not tolerated and is_outdated(group[0])
+        if alone and not outdated and len(group[0].removed) <= tolerated * group[0].rows:
             return group[0]
         tables = []
         for segment in group:

@@ -21,21 +21,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..indexes.base import SearchResult, search_any
+from ..indexes.base import Float32, SearchResult, search_any
 from ..indexes.bounded import BoundedIndex, index_in_memory
-from ..indexes.errors import ModelMismatchError, StoreMissingError, VectorIndexError
+from ..indexes.errors import (
+    ModelMismatchError,
+    StoreCorruptError,
+    StoreError,
+    StoreMissingError,
+    VectorIndexError,
+)
 from ..indexes.manifest import Kind, Settings
 from ..indexes.recall import Measured
 from ..indexes.store import SCHEMA_VERSION, Damage, Manifest, Store
-from ..indexes.stored import (
-    bytes_a_search,
-    damaged_shortcuts,
-    measure_recall,
-    measured_recall,
-    needs_measuring,
-    open_index,
-    refresh_shortcuts,
-)
+from ..indexes.stored import StoredIndex, check_memory
 from .embedder import Embedder
 from .errors import CheckpointError, ImageReadError
 from .indexer import Indexer, IndexReport, OnProgress, Plan, SkippedFile, check_roots, make_plan
@@ -88,9 +86,22 @@ class IndexInfo:
     schema_version: int
     size_on_disk: int  # bytes
     kind: str  # of the index, as asked for: auto, exact or compact
-    search_bytes: int  # that every query goes through
-    recall: Measured | None  # what a compact index was measured to find; None: it is exact
+    memory: int  # bytes that a query may go through
+    search_bytes: int | None  # that every query goes through; None where shortcuts are missing
+    recall: (
+        Measured | None
+    )  # of a compact index; it is exact where this is None or finds too little
+    needs_measuring: bool  # to become compact, or because it has changed much
     preprocessing: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """An index, and the state of the store that it was opened from."""
+
+    index: BoundedIndex
+    store: Store
+    revision: object
 
 
 class SearchEngine:
@@ -123,8 +134,7 @@ class SearchEngine:
         self._given = model is not None
         self._asked = model if isinstance(model, str) else None
         self._model = None if isinstance(model, str) else model
-        self._index: BoundedIndex | None = None
-        self._store: Store | None = None  # that the index was opened from
+        self._opened: _Opened | None = None
 
     # ---- indexing ------------------------------------------------------------------------------
 
@@ -167,26 +177,45 @@ class SearchEngine:
         check_roots(
             paths, [] if rebuild else self.paths()
         )  # a mistyped path leaves no empty index behind
+        settings = self._settings(kind, memory)
         store = self._open_or_create(rebuild)
-        workers = workers or _workers()
+        self._opened = None
         with store.writing():
-            settings = Settings(
-                kind=kind or store.settings.kind, memory=memory or store.settings.memory
-            )
+            plan = make_plan(paths, store.records)
+            expected = plan.unchanged + len(plan.new) + len(plan.changed)
+            check_memory(settings, expected, store.manifest.dim)
             if settings != store.settings:
                 store.change_settings(settings)
-            plan = make_plan(paths, store.records)
             needed = self._given or plan.new or plan.changed  # given another: say so in any case
             model = self._model_of(store) if needed else None
-            indexer = Indexer(store, plan, on_progress)
-            finished = indexer.run(model, batch_size, workers)
-            store.compact(_TOLERATED)
-            refresh_shortcuts(store)
-            if finished and needs_measuring(store, again=bool(queries)):
-                texts = self._model_of(store).encode_texts(list(queries) or PROMPTS)
-                measure_recall(store, texts)
-        self._index = None
+            indexer = Indexer(store, plan, on_progress, tidy=lambda: _tidy(store, _TOLERATED))
+            finished = indexer.run(model, batch_size, workers or _workers())
+            try:
+                _tidy(store, _TOLERATED)
+                if finished:
+                    self._measure(store, queries)
+            except KeyboardInterrupt:  # what was encoded is in the index
+                finished = False
         return indexer.report(time.perf_counter() - start, finished)
+
+    def _settings(self, kind: Kind | None, memory: int | None) -> Settings:
+        """Return the index's settings, with those changed that are asked for."""
+        try:
+            old = Store.open(self.path).settings
+        except StoreError:  # there is none, or a damaged one that will be thrown away
+            old = Settings()
+        try:
+            return Settings(kind=kind or old.kind, memory=old.memory if memory is None else memory)
+        except ValueError as error:
+            raise VectorIndexError(str(error)) from error
+
+    def _measure(self, store: Store, queries: Sequence[str]) -> None:
+        """Measure what a compact index finds, where that is wanted and not known."""
+        stored = StoredIndex(store)
+        if stored.needs_measuring or (queries and stored.wants_compact):
+            stored.measure(self._model_of(store).encode_texts(list(queries) or PROMPTS))
+        elif queries:
+            log.warning("the index is exact, so there is nothing to measure with your texts")
 
     def _open_or_create(self, rebuild: bool) -> Store:
         if not rebuild:
@@ -203,20 +232,25 @@ class SearchEngine:
             num_vectors=model.num_vectors,
             dim=model.embedding_size,
         )
-        return Store.create(self.path, manifest, replace=rebuild)
+        settings = self._settings(None, None)  # a rebuild keeps them
+        return Store.create(self.path, manifest, settings=settings, replace=rebuild)
 
-    def compact(self) -> None:
+    def compact(self) -> tuple[int, int]:
         """Merge small segments, forget removed images and make shortcuts that are missing.
+
+        Returns:
+            the bytes on disk before and after.
 
         Raises:
             StoreMissingError: there is no index.
             StoreError: it cannot be written to.
         """
         store = Store.open(self.path)
+        self._opened = None
         with store.writing():
-            store.compact()
-            refresh_shortcuts(store)
-        self._index = None
+            before = store.size_on_disk()
+            _tidy(store, tolerated=0)
+            return before, store.size_on_disk()
 
     def verify(self) -> list[Damage]:
         """Look at every byte of the index; [] says that all is whole.
@@ -226,7 +260,7 @@ class SearchEngine:
             StoreCorruptError: its manifest is damaged.
         """
         store = Store.open(self.path)
-        return store.verify() + damaged_shortcuts(store)
+        return store.verify() + StoredIndex(store).damaged()
 
     def repair(
         self,
@@ -247,9 +281,10 @@ class SearchEngine:
         """
         start = time.perf_counter()
         store = Store.open(self.path)
+        self._opened = None
         with store.writing():
             damages = store.verify()
-            shortcuts = damaged_shortcuts(store)
+            shortcuts = StoredIndex(store).damaged()
             files = [p for damage in damages for p in damage.paths if os.path.isfile(p)]
             model = self._model_of(store) if files else None  # before anything is dropped
             if on_damage is not None:
@@ -257,13 +292,12 @@ class SearchEngine:
             store.repair(damages)
             for damage in shortcuts:
                 damage.file.unlink(missing_ok=True)
-            self._index = None
             report = None
             if model is not None:
-                indexer = Indexer(store, Plan(new=files), on_progress)
+                indexer = Indexer(store, Plan(new=files), on_progress, tidy=lambda: None)
                 finished = indexer.run(model, batch_size=32, workers=_workers())
                 report = indexer.report(time.perf_counter() - start, finished)
-            refresh_shortcuts(store)
+            _tidy(store, _TOLERATED)
         return damages + shortcuts, report
 
     # ---- searching -----------------------------------------------------------------------------
@@ -292,18 +326,29 @@ class SearchEngine:
         """
         if k < 1 or (rerank or 0) < 0:
             raise VectorIndexError("k must be at least 1 and rerank at least 0")
-        index, model = self._ready()
-        if not isinstance(query, str):
-            features = model.encode_images([query])[0]
-            scores, images = search_any(index, features, k)
-            return self._hits(images, scores, None, k)
-        if rerank is None:
-            rerank = DEFAULT_RERANK if isinstance(model, RetrievalModel) else 0
-        found = index.search(model.encode_texts([query]), max(k, rerank) if rerank else k)
-        scores, images = found.scores[0], found.images[0]
-        if not rerank:
-            return self._hits(images, scores, None, k)
-        return self._rerank(with_itm_head(model), query, images, scores, k)
+        _, model = self._ready()
+        if isinstance(query, str):
+            depth = _rerank_depth(model, rerank)
+            vectors = model.encode_texts([query])
+        else:
+            depth, vectors = 0, model.encode_images([query])[0]
+        paths, itc = self._nearest(vectors, max(k, depth))
+        if not depth:
+            return _hits(paths, itc, None)
+        return self._rerank(with_itm_head(model), str(query), paths, itc)[:k]
+
+    def _nearest(self, vectors: Float32, count: int) -> tuple[list[str], Float32]:
+        """Find the images nearest to any of some vectors (M, E): paths and similarities (count,)."""
+        opened, _ = self._ready()
+        scores, images = search_any(opened.index, vectors, count)
+        try:
+            return opened.store.paths_at(images), scores
+        except StoreCorruptError:
+            raise
+        except StoreError:  # another process has merged the segments in between
+            opened, _ = self._ready()
+            scores, images = search_any(opened.index, vectors, count)
+            return opened.store.paths_at(images), scores
 
     def rank_texts(
         self,
@@ -334,12 +379,11 @@ class SearchEngine:
             model = self._model_of(Store.open(self.path))
         except StoreMissingError:
             model = self._loaded(DEFAULT_MODEL)
-        if rerank is None:
-            rerank = DEFAULT_RERANK if isinstance(model, RetrievalModel) else 0
+        depth = _rerank_depth(model, rerank)
         index = index_in_memory(model.encode_texts(list(texts))[:, None])  # a vector a text
-        itc, found = search_any(index, model.encode_images([image])[0], max(k, rerank))
+        itc, found = search_any(index, model.encode_images([image])[0], max(k, depth))
         itm, scores = None, itc
-        if rerank:
+        if depth:
             reranker = with_itm_head(model)
             itm = reranker.match(reranker.image_tokens([image]), [texts[i] for i in found])
             scores = itc + itm
@@ -369,8 +413,8 @@ class SearchEngine:
             VectorIndexError: k is less than 1.
             StoreMissingError, ModelMismatchError: as `search`.
         """
-        index, _ = self._ready()
-        return index.search(vectors, k)
+        opened, _ = self._ready()
+        return opened.index.search(vectors, k)
 
     def paths(self) -> list[str]:
         """Return the paths of all images in the index; [] where there is none."""
@@ -392,9 +436,8 @@ class SearchEngine:
         self,
         model: RetrievalModel,
         text: str,
-        images: npt.NDArray[np.int64],
-        itc: npt.NDArray[np.float32],
-        k: int,
+        paths: Sequence[str],
+        itc: Float32,
     ) -> list[Hit]:
         def pixels_of(path: str) -> Tensor | ImageReadError:
             try:
@@ -402,7 +445,6 @@ class SearchEngine:
             except ImageReadError as error:
                 return error
 
-        paths = self._paths_of(images)
         readable, pixels = [], []
         with ThreadPoolExecutor(_workers()) as pool:  # Pillow lets go of the interpreter's lock
             for position, found in enumerate(pool.map(pixels_of, paths)):
@@ -416,31 +458,9 @@ class SearchEngine:
         parts = torch.split(torch.stack(pixels), 32)
         tokens = [model.tokens_from_pixels(part) for part in parts]
         itm = model.match(torch.cat(tokens), [text] * len(pixels))
-        images, itc = images[readable], itc[readable]
+        itc = itc[readable]
         order = np.argsort(-(itm + itc), kind="stable")
-        return self._hits(images[order], itc[order], itm[order], k)
-
-    def _hits(
-        self,
-        images: npt.NDArray[np.int64],
-        itc: npt.NDArray[np.float32],
-        itm: npt.NDArray[np.float32] | None,
-        k: int,
-    ) -> list[Hit]:
-        return [
-            Hit(
-                rank=i + 1,
-                path=path,
-                score=float(itc[i] if itm is None else itc[i] + itm[i]),
-                itc=float(itc[i]),
-                itm=None if itm is None else float(itm[i]),
-            )
-            for i, path in enumerate(self._paths_of(images[:k]))
-        ]
-
-    def _paths_of(self, images: npt.NDArray[np.int64]) -> list[str]:
-        assert self._store is not None  # `_ready` was called
-        return self._store.paths_at(images)
+        return _hits([paths[readable[i]] for i in order], itc[order], itm[order])
 
     # ---- the index and its model -----------------------------------------------------------------
 
@@ -451,7 +471,7 @@ class SearchEngine:
             StoreMissingError: there is no index.
         """
         store = Store.open(self.path)
-        manifest = store.manifest
+        manifest, stored = store.manifest, StoredIndex(store)
         return IndexInfo(
             path=str(self.path.absolute()),
             images=len(store),
@@ -462,21 +482,25 @@ class SearchEngine:
             schema_version=manifest.schema_version,
             size_on_disk=store.size_on_disk(),
             kind=store.settings.kind,
-            search_bytes=bytes_a_search(store) if len(store) else 0,
-            recall=measured_recall(store),
+            memory=store.settings.memory,
+            search_bytes=stored.search_bytes,
+            recall=stored.measured,
+            needs_measuring=stored.needs_measuring,
             preprocessing=manifest.preprocessing,
         )
 
-    def _ready(self) -> tuple[BoundedIndex, Embedder]:
+    def _ready(self) -> tuple[_Opened, Embedder]:
         store = Store.open(self.path)
         if len(store) == 0:
             raise StoreMissingError(
                 f"The index in {self.path} is empty: fill it with `blip2-search index FOLDER`."
             )
         model = self._model_of(store)
-        if self._index is None or self._store is None or store.revision != self._store.revision:
-            self._index, self._store = open_index(store), store
-        return self._index, model
+        stored = StoredIndex(store)
+        opened = self._opened
+        if opened is None or stored.revision != opened.revision:
+            opened = self._opened = _Opened(stored.open(), store, stored.revision)
+        return opened, model
 
     def _model_of(self, store: Store) -> Embedder:
         """Load the model that made the index, and make sure that it is still the same."""
@@ -508,6 +532,37 @@ class SearchEngine:
         if self._model is None:
             self._model = load_embedder(self._asked or default, device=self.device)
         return self._model
+
+
+def _hits(paths: Sequence[str], itc: Float32, itm: Float32 | None) -> list[Hit]:
+    return [
+        Hit(
+            rank=i + 1,
+            path=path,
+            score=float(itc[i] if itm is None else itc[i] + itm[i]),
+            itc=float(itc[i]),
+            itm=None if itm is None else float(itm[i]),
+        )
+        for i, path in enumerate(paths)
+    ]
+
+
+def _rerank_depth(model: Embedder, rerank: int | None) -> int:
+    """Return how many candidates are reranked, where None leaves it to us."""
+    if rerank is not None:
+        return rerank
+    return DEFAULT_RERANK if isinstance(model, RetrievalModel) else 0
+
+
+def _tidy(store: Store, tolerated: float) -> None:
+    """Merge segments and bring the shortcuts up to date, within `store.writing()`."""
+    store.compact(tolerated)
+    try:
+        StoredIndex(store).refresh()
+    except StoreCorruptError:
+        raise
+    except StoreError as error:  # such as a full disk: nothing is lost by it
+        log.warning("%s Searching is slower until `blip2-search compact` can do that.", error)
 
 
 def _workers() -> int:

@@ -36,6 +36,7 @@ EXTENSIONS = frozenset(
 )
 COMMIT_IMAGES = 512  # images between two commits ...
 COMMIT_COPIES = 8192  # ... of files whose features are known
+TIDY_IMAGES = 8192  # images until small segments are merged, so that searches meanwhile are quick
 COMMIT_SECONDS = 20.0  # ... or seconds, whichever comes first
 
 OnProgress = Callable[[int, int], None]  # (files done, files to do)
@@ -226,9 +227,18 @@ def _decode_ahead(
 class Indexer:
     """Carries out a plan on a store that is open for writing."""
 
-    def __init__(self, store: Store, plan: Plan, on_progress: OnProgress | None) -> None:
-        """Take the store inside `with store.writing()`."""
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        on_progress: OnProgress | None,
+        *,
+        tidy: Callable[[], None],
+    ) -> None:
+        """Take the store inside `with store.writing()`; `tidy` is called once in a while."""
         self.store = store
+        self._tidy = tidy
+        self._since_tidy = 0  # images
         self.plan = plan
         self.on_progress = on_progress
         self.added = self.updated = self.reused = 0
@@ -333,7 +343,11 @@ class Indexer:
             or len(self._records) >= COMMIT_IMAGES
             or len(self._copies) >= COMMIT_COPIES
         ):
+            self._since_tidy += len(self._records) + len(self._copies)
             self._commit()
+            if self._since_tidy >= TIDY_IMAGES:
+                self._tidy()
+                self._since_tidy = 0
 
     def _commit(self) -> None:
         if self._copies:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ from .embedder import Float32
 from .model import RetrievalModel
 
 Int64 = npt.NDArray[np.int64]
+log = logging.getLogger(__name__)
 _SECONDS_A_FILE = 30.0  # what a kill may lose
 
 
@@ -37,10 +40,15 @@ class ItmCache:
         self.pairs, self.seconds = 0, 0.0  # that were scored, now and before
         ids, logits = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
         for file in sorted(folder.glob("*.npz")):
-            with np.load(file) as saved:
-                ids.append(saved["ids"])
-                logits.append(saved["logits"])
-                self.seconds += float(saved["seconds"])
+            try:
+                with open(file, "rb") as stream, np.load(stream) as saved:
+                    part = saved["ids"], saved["logits"], float(saved["seconds"])
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+                log.warning("%s is damaged (%s): its pairs are scored again", file, error)
+                continue
+            ids.append(part[0])
+            logits.append(part[1])
+            self.seconds += part[2]
         self._ids, first = np.unique(np.concatenate(ids), return_index=True)
         self._logits: Float32 = np.concatenate(logits)[first]
         self.pairs = sum(map(len, ids))

@@ -147,15 +147,15 @@ def match_pairs(
 ) -> Float32:
     """Return the ITM logit "these match" of every pair (M,), raw, no softmax.
 
-    The images pass by once, a few at a time: what is an image's alone is computed once for all of its
-    texts. Of their pairs, those with captions of like length go together, to waste no padding.
+    A few images at a time: of their pairs, those with captions of like length make a pass together, to
+    waste no padding, and what is an image's alone is computed once a pass.
 
     Args:
         model: the model.
         encoder_tokens: N of (P, D), before `ln_vision`; may lie on disk.
         captions: B.
         pairs: what to score.
-        memory: bytes of image tokens that are held at once; one image's are held in any case.
+        memory: bytes of image tokens that pairs are sorted over; one image's in any case.
         cache: logits of earlier runs over the same images and captions; the others are added.
         on_progress: called with (pairs scored, pairs to score).
 

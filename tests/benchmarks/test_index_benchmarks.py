@@ -43,9 +43,9 @@ def test_growth(index, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     run(
         index_growth.main, monkeypatch, "--index", index, "--work", tmp_path / "work",
-        "--images", 200, 1500, "--out", out,
+        "--images", 1100, 2500, "--out", out,
     )  # fmt: skip
     found = json.loads(out.read_text())
-    assert [row["images"] for row in found["rows"]] == [200, 1500]
+    assert [row["images"] for row in found["rows"]] == [1100, 2500]
     assert found["exponents"].keys() >= {"exact_open_s", "compact_p50_ms", "add_1000_s"}
     assert list((tmp_path / "work").iterdir()) == []

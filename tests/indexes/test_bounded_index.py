@@ -47,12 +47,19 @@ def test_equals_the_oracle_in_blocks(monkeypatch):
     assert_same(index_in_memory(features), ExactIndex(features), queries_near(features, 40), 9)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e3, 1e18, 3e37])
+@pytest.mark.parametrize("scale", [1e-41, 1e-30, 1e-25, 1e-23, 1e-20, 1e-10, 1e-3, 1e3, 1e18, 3e37])
 def test_large_and_tiny_numbers(scale):
     features = (photos(60, 3, 16, rank=4).astype(np.float64) * scale).astype(np.float32)
     queries = queries_near(photos(60, 3, 16, rank=4), 5)
     with np.errstate(over="ignore", invalid="ignore"):
         assert_same(index_in_memory(features, 4), ExactIndex(features), queries, 10)
+
+
+@pytest.mark.parametrize("scale", [1e-41, 1e-30, 1e-25, 1e-23, 1e-20, 1e-10, 1e18])
+def test_large_and_tiny_queries(scale):
+    features = photos(200, 3, 64, rank=6)
+    queries = (queries_near(features, 20).astype(np.float64) * scale).astype(np.float32)
+    assert_same(index_in_memory(features, 8), ExactIndex(features), queries, 10)
 
 
 def test_most_images_are_never_looked_at(monkeypatch):

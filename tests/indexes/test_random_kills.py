@@ -15,7 +15,7 @@ from toy_store import MANIFEST, features_of, record
 
 from blip2_search.indexes.exact import ExactIndex
 from blip2_search.indexes.store import Store
-from blip2_search.indexes.stored import open_index, refresh_shortcuts
+from blip2_search.indexes.stored import StoredIndex
 
 KILLS = 100
 QUERIES = np.random.default_rng(0).standard_normal((3, 4))
@@ -37,7 +37,7 @@ def write_for_ever(directory, seed, say):
             store.remove(gone)
             say("done")
             store.compact(float(rng.choice([0, 0.5])))
-            refresh_shortcuts(store)
+            StoredIndex(store).refresh()
 
 
 def what_a_killed_writer_said(directory, seed, seconds):
@@ -88,7 +88,10 @@ def kill_again_and_again(directory):
         assert store.verify() == []
         if paths:
             expected = ExactIndex(store.features()).search(QUERIES, 5)
-            assert open_index(store).search(QUERIES, 5).images.tolist() == expected.images.tolist()
+            assert (
+                StoredIndex(store).open().search(QUERIES, 5).images.tolist()
+                == expected.images.tolist()
+            )
     print(in_doubt, changes)
 
 

@@ -29,7 +29,7 @@ from blip2_search.indexes.errors import (
 from blip2_search.indexes.exact import ExactIndex
 from blip2_search.indexes.manifest import State, read_state, write_state
 from blip2_search.indexes.store import Store, hash_file
-from blip2_search.indexes.stored import open_index, refresh_shortcuts
+from blip2_search.indexes.stored import StoredIndex
 
 
 def add(store, *names):
@@ -422,7 +422,7 @@ def _replace(store):
 
 def _refresh(store):
     with store.writing():
-        refresh_shortcuts(store)
+        StoredIndex(store).refresh()
 
 
 CHANGES = {
@@ -490,11 +490,11 @@ class TestKilled:
                 store.append([record("z")], features_of("z"))
                 assert set(store.ids.tolist()) > old_ids
                 store.compact()
-                refresh_shortcuts(store)
+                StoredIndex(store).refresh()
             assert store.records == [*before[1], record("z")]
             shortcuts = store.directory / "shortcuts"
             assert not list(shortcuts.glob("*.tmp"))
-            assert len(list(shortcuts.glob("*.arrow"))) == len(segment_files(store))
+            assert len(list(shortcuts.glob("*-*.arrow"))) == len(segment_files(store))
             live = {segment.file for segment in read_state(store.directory).segments}
             assert {file.name for file in segment_files(store)} == live
             assert {file.name for file in store.directory.iterdir()} <= {
@@ -510,7 +510,7 @@ class TestKilled:
         for killed in work.glob(f"{change} *"):
             store = Store.open(killed)
             if len(store):
-                found = open_index(store).search(queries, 3)
+                found = StoredIndex(store).open().search(queries, 3)
                 expected = ExactIndex(store.features()).search(queries, 3)
                 assert found.images.tolist() == expected.images.tolist()
 
@@ -798,7 +798,7 @@ class TestOldVersions:
 
     def test_it_is_searched(self, old):
         queries = np.random.default_rng(0).standard_normal((9, E))
-        found = open_index(old).search(queries, 2)
+        found = StoredIndex(old).open().search(queries, 2)
         expected = ExactIndex(features_of("a", "b", "c")).search(queries, 2)
         assert found.images.tolist() == expected.images.tolist()
         paths = old.paths_at(np.array([2, 0, 1, 2]))

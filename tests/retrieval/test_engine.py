@@ -1,5 +1,6 @@
 """The search engine on drawn photographs, against the model asked by hand."""
 
+import errno
 import os
 import shutil
 from contextlib import suppress
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from blip2_search.indexes import recall, stored
 from blip2_search.indexes.errors import (
     ModelMismatchError,
     StoreCorruptError,
@@ -424,29 +426,88 @@ def test_an_engine_sees_what_another_process_changed(engine, photos, tmp_path, t
 
 
 class TestKinds:
-    def test_a_compact_index_is_measured_and_answers(self, engine, photos):
-        exact = engine.search("a red circle", k=18, rerank=0)
+    @pytest.fixture
+    def few(self, monkeypatch):
+        """Let a few images be worth a compact index."""
+        monkeypatch.setattr(stored, "_WORTHWHILE", 4)
+        monkeypatch.setattr(recall, "FEWEST", 4)
+        monkeypatch.setattr(recall, "DEPTH", 4)
+
+    def test_a_compact_index_is_measured_and_answers(self, engine, photos, few):
+        exact = engine.search("a red circle", k=3, rerank=0)
         assert engine.info().kind == "auto"
         assert engine.info().recall is None
         engine.add([photos], kind="compact", queries=["a red circle", "a blue bar"])
         info = engine.info()
-        assert (info.kind, info.recall.queries, info.recall.recall_at_10) == ("compact", 2, 1.0)
+        assert (info.kind, info.recall.queries, info.needs_measuring) == ("compact", 2, False)
+        assert info.recall.recall_at_128 >= 0.999
         assert info.search_bytes == 4 * 18 * info.recall.mean_directions
-        assert engine.search("a red circle", k=18, rerank=0) == exact
+        assert engine.search("a red circle", k=3, rerank=0) == exact
         engine.add([photos])  # what was asked for stays
         assert engine.info().recall == info.recall
+        engine.add([photos], rebuild=True)
+        assert engine.info().kind == "compact"
+        assert engine.info().recall.queries == len(PROMPTS)
         engine.add([photos], kind="exact")
         assert engine.info().recall is None
-        assert engine.search("a red circle", k=18, rerank=0) == exact
+        assert engine.search("a red circle", k=3, rerank=0) == exact
 
-    def test_without_texts_some_of_ours_are_asked(self, engine, photos):
-        engine.add([photos], kind="compact")
-        assert engine.info().recall.queries == len(PROMPTS)
+    def test_an_interrupt_while_measuring_loses_nothing(self, engine, photos, few, monkeypatch):
+        def interrupt(*_):
+            raise KeyboardInterrupt
 
-    def test_too_little_memory_is_said_and_loses_nothing(self, engine, photos):
-        with pytest.raises(VectorIndexError, match="need a memory of at least"):
-            engine.add([photos], memory=10)
+        monkeypatch.setattr(stored.StoredIndex, "measure", interrupt)
+        report = engine.add([photos], kind="compact")
+        assert (report.interrupted, report.unchanged) == (True, 18)
+        assert engine.info().needs_measuring
         assert len(engine.search("a red circle", k=18, rerank=0)) == 18
+
+    def test_too_little_memory_is_said_before_anything_is_encoded(
+        self, tmp_path, photos, tiny_model, few
+    ):
+        engine = SearchEngine(tmp_path / "new", tiny_model)
+        with pytest.raises(VectorIndexError, match="at least 576 bytes, not 10"):
+            engine.add([photos], memory=10)
+        assert engine.paths() == []
+        with pytest.raises(VectorIndexError, match="kind is one of"):
+            engine.add([photos], kind="fast")
+        engine.add([photos])
+        assert len(engine.search("a red circle", k=18, rerank=0)) == 18
+
+    def test_a_full_disk_costs_time_only(self, tmp_path, photos, tiny_model, monkeypatch, caplog):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(stored, "write_shortcut", full)
+        engine = SearchEngine(tmp_path / "new", tiny_model)
+        assert engine.add([photos]).added == 18
+        assert "slower" in caplog.text
+        assert engine.info().search_bytes is None
+        assert len(engine.search("a red circle", k=18, rerank=0)) == 18
+        monkeypatch.undo()
+        engine.compact()
+        assert engine.info().search_bytes > 0
+
+    def test_a_search_beside_a_writer_that_merges(self, engine, photos, tmp_path):
+        before = engine.search("a red circle", k=5, rerank=0)
+        other = SearchEngine(engine.path, engine._model)
+        whole = engine._ready
+        merged = []
+
+        def ready():
+            opened = whole()
+            if not merged:
+                merged.append(1)
+                with other_store.writing():
+                    other_store.remove([before[-1].path])
+                    other_store.compact()
+            return opened
+
+        other_store = Store.open(other.path)
+        engine._ready = ready
+        vectors = engine._model.encode_texts(["a red circle"])
+        paths, _ = engine._nearest(vectors, 4)
+        assert paths == [hit.path for hit in before[:4]]
 
     def test_compact_gives_back_the_room_of_removed_images(self, engine, photos):
         before = engine.info().size_on_disk
@@ -459,7 +520,7 @@ class TestKinds:
         assert len(engine.search("a red circle", k=18, rerank=0)) == 16
 
     def test_a_damaged_shortcut_is_named_and_mended(self, engine, photos):
-        (shortcut,) = (engine.path / "shortcuts").glob("*.arrow")
+        (shortcut,) = (engine.path / "shortcuts").glob("*-*.arrow")
         content = bytearray(shortcut.read_bytes())
         content[len(content) // 2] ^= 1
         shortcut.write_bytes(content)
