@@ -73,7 +73,7 @@ def measure(store: Store, real: Float16, queries: Float32, calibration: Float32)
         start = time.perf_counter()
         index = StoredIndex(Store.open(store.directory)).open()
         hits = index.search(queries[:1], 10).images[0]
-        store.paths_at(hits)
+        store.records_at(hits)
         found[f"{kind}_open_and_first_hit_s"] = time.perf_counter() - start
         found[f"{kind}_open_s"] = seconds(lambda: StoredIndex(Store.open(store.directory)).open())
         times = []

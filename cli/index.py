@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 SHOWN_SKIPPED = 10
 
 
+class RerankFeatures(str, Enum):
+    """What `--rerank-features` takes."""
+
+    auto = "auto"
+    int8 = "int8"
+    fp16 = "fp16"
+    none = "none"
+
+
 class Kind(str, Enum):
     """What `--kind` takes."""
 
@@ -65,6 +74,15 @@ def index(
             help="What a query may go through. It stays until changed.  [default: 2GB]",
         ),
     ] = None,
+    rerank_features: Annotated[
+        RerankFeatures | None,
+        typer.Option(
+            "--rerank-features",
+            help="Keep what the encoder sees of each photograph, so that a rerank need not look at the "
+            "files again: int8, fp16 (twice as large), none, or auto: int8 where that is at most 100 KB a photograph. "
+            "It stays until changed.  [default: auto]",
+        ),
+    ] = None,
     queries: Annotated[
         Path | None,
         typer.Option(
@@ -105,6 +123,7 @@ def index(
             workers=workers,
             kind=None if kind is None else kind.value,
             memory=None if memory is None else options.byte_size(memory),
+            rerank_features=None if rerank_features is None else rerank_features.value,
             queries=texts,
             rebuild=rebuild,
             on_progress=on_progress,

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
     from ..retrieval.engine import Hit, IndexInfo, TextHit
 
+_RERANK = {
+    "auto": "decodes and encodes the candidates",
+    "none": "decodes and encodes the candidates",
+    "int8": "from kept image tokens, int8",
+    "fp16": "from kept image tokens, fp16",
+}
 _ESCAPED = frozenset(
     ("Cc", "Cs", "Zl", "Zp")
 )  # controls, surrogates, line and paragraph separators
@@ -103,6 +109,7 @@ def print_info(info: IndexInfo) -> None:
         "preprocessing": settings,
         "layout": f"version {info.schema_version}",
         "search": search_kind(info),
+        "rerank": _RERANK[info.rerank_features],
     }
     width = max(map(len, rows))
     for name, value in rows.items():

@@ -24,6 +24,8 @@ READABLE = (1, 2, SCHEMA_VERSION)  # what the others lack is added when a segmen
 MANIFEST = "manifest.json"
 Kind = Literal["auto", "exact", "compact"]
 KINDS: tuple[Kind, ...] = ("auto", "exact", "compact")
+RerankFeatures = Literal["auto", "none", "int8", "fp16"]
+RERANK_FEATURES: tuple[RerankFeatures, ...] = ("auto", "none", "int8", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +59,19 @@ class Settings:
     """How the index wants to be searched.
 
     Raises:
-        ValueError: no such kind, or less than a byte.
+        ValueError: no such kind or rerank features, or less than a byte.
     """
 
     kind: Kind = "auto"
-    memory: int = (
-        2_000_000_000  # bytes that a search may go through: what "auto" and "compact" fit into
-    )
+    memory: int = 2_000_000_000  # bytes that a search may go through
+    rerank_features: RerankFeatures = "auto"  # how image tokens are kept; auto: until some are seen
 
     def __post_init__(self) -> None:
         """Checks the fields."""
         if self.kind not in KINDS or self.memory < 1:
             raise ValueError(f"kind is one of {', '.join(KINDS)}, and memory at least a byte.")
+        if self.rerank_features not in RERANK_FEATURES:
+            raise ValueError(f"rerank features are one of {', '.join(RERANK_FEATURES)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ N images, Q vectors an image, E numbers a vector.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import uuid
 import zlib
@@ -112,11 +113,9 @@ def read_records(folder: Path, segment: Segment) -> Iterator[tuple[int, ImageRec
         OSError: it cannot be read.
     """
     table = _read_records(folder, segment)
-    columns = {name: table.column(name).to_pylist() for name in table.column_names}
-    columns["path"] = [os.fsdecode(path) for path in columns["path"]]
-    ids = columns.pop("id")
+    ids, records = table.column("id").to_pylist(), _records_in(table)
     for row in segment.live:
-        yield ids[row], ImageRecord(**{name: column[row] for name, column in columns.items()})
+        yield ids[row], records[row]
 
 
 def read_features(folder: Path, segment: Segment, out: npt.NDArray[np.float16]) -> None:
@@ -157,15 +156,14 @@ def is_outdated(segment: Segment) -> bool:
     return segment.features_at is None and segment.features_end - segment.features_start < _PAGE
 
 
-def read_paths(folder: Path, segment: Segment, rows: Sequence[int]) -> list[str]:
-    """The paths of some rows, by their numbers in the file.
+def read_records_at(folder: Path, segment: Segment, rows: Sequence[int]) -> list[ImageRecord]:
+    """The records of some rows, by their numbers in the file.
 
     Raises:
         ValueError: the file is damaged.
         OSError: it cannot be read.
     """
-    column = _read_records(folder, segment, ["path"]).column("path")
-    return [os.fsdecode(column[row].as_py()) for row in rows]
+    return _records_in(_read_records(folder, segment).take(pa.array(rows, pa.int64())))
 
 
 def read_rows(folder: Path, segment: Segment) -> pa.Table:
@@ -290,15 +288,22 @@ def _open(folder: Path, segment: Segment) -> pa.Buffer:
         return file.read_buffer()
 
 
-def _read_records(folder: Path, segment: Segment, columns: list[str] | None = None) -> pa.Table:
-    """Some or all columns of records, all rows, after a look at their checksum."""
+def _records_in(table: pa.Table) -> list[ImageRecord]:
+    names = [field.name for field in dataclasses.fields(ImageRecord)]
+    columns = {name: table.column(name).to_pylist() for name in names}
+    columns["path"] = [os.fsdecode(path) for path in columns["path"]]
+    rows = zip(*columns.values(), strict=True)
+    return [ImageRecord(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+def _read_records(folder: Path, segment: Segment) -> pa.Table:
+    """All rows without their features, after a look at the checksum."""
     content = _open(folder, segment)
     start, end = segment.features_start, segment.features_end
     if _records_crc32(content, start, end) != segment.records_crc32:
         raise ValueError("the checksum of the records differs")
-    if columns is None:
-        stored = pq.read_schema(pa.BufferReader(content)).names
-        columns = [name for name in stored if name not in (CHECKSUM, FEATURES)]
+    stored = pq.read_schema(pa.BufferReader(content)).names
+    columns = [name for name in stored if name not in (CHECKSUM, FEATURES)]
     return pq.read_table(pa.BufferReader(content), columns=columns, use_threads=False)
 
 

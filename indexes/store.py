@@ -48,8 +48,8 @@ from .segments import (
     make_table,
     map_features,
     read_features,
-    read_paths,
     read_records,
+    read_records_at,
     read_rows,
     rescue_rows,
     write_segment,
@@ -240,24 +240,23 @@ class Store:
             shape = (self.manifest.num_vectors, self.manifest.dim)
             return map_features(self._folder, segment, shape)
 
-    def paths_at(self, rows: npt.NDArray[np.int64]) -> list[str]:
-        """The paths of some images, by their row numbers (n,); reads no other segments than theirs.
+    def records_at(self, rows: npt.NDArray[np.int64]) -> list[ImageRecord]:
+        """The records of some images, by their row numbers (n,); reads no other segments than theirs.
 
         Raises:
             StoreCorruptError: one of those is damaged.
         """
-        found = [""] * len(rows)
+        found: dict[int, ImageRecord] = {}
         start = 0
         for segment in self._state.segments:
-            inside = np.flatnonzero((start <= rows) & (rows < start + len(segment)))
+            inside = rows[(start <= rows) & (rows < start + len(segment))]
             if len(inside):
-                live = np.array(segment.live)[rows[inside] - start]
+                live = np.array(segment.live)[inside - start]
                 with self._reading(segment):
-                    paths = read_paths(self._folder, segment, live.tolist())
-                for place, path in zip(inside, paths, strict=True):
-                    found[place] = path
+                    records = read_records_at(self._folder, segment, live.tolist())
+                found |= zip(inside.tolist(), records, strict=True)
             start += len(segment)
-        return found
+        return [found[row] for row in rows.tolist()]
 
     def features_of(self, paths: Sequence[str]) -> npt.NDArray[np.float16]:
         """The features of some images (N, Q, E), in the order of the paths; read anew at each call.

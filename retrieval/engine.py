@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from ..indexes.errors import (
     StoreMissingError,
     VectorIndexError,
 )
-from ..indexes.manifest import Kind, Settings
+from ..indexes.manifest import Kind, RerankFeatures, Settings
 from ..indexes.recall import Measured
-from ..indexes.store import SCHEMA_VERSION, Damage, Manifest, Store
+from ..indexes.store import SCHEMA_VERSION, Damage, ImageRecord, Manifest, Store
 from ..indexes.stored import StoredIndex, check_memory
+from ..indexes.token_files import TokenFiles
 from .embedder import Embedder
 from .errors import CheckpointError, ImageReadError
 from .indexer import Indexer, IndexReport, OnProgress, Plan, SkippedFile, check_roots, make_plan
@@ -84,9 +85,12 @@ class IndexInfo:
     model_name: str
     model_fingerprint: str
     schema_version: int
-    size_on_disk: int  # bytes
+    size_on_disk: int  # bytes, without image tokens
     kind: str  # of the index, as asked for: auto, exact or compact
     memory: int  # bytes that a query may go through
+    rerank_features: (
+        str  # how image tokens are kept beside it: none, int8, fp16; auto: not known yet
+    )
     search_bytes: int | None  # that every query goes through; None where shortcuts are missing
     recall: (
         Measured | None
@@ -147,6 +151,7 @@ class SearchEngine:
         rebuild: bool = False,
         kind: Kind | None = None,
         memory: int | None = None,
+        rerank_features: RerankFeatures | None = None,
         queries: Sequence[str] = (),
         on_progress: OnProgress | None = None,
     ) -> IndexReport:
@@ -164,6 +169,9 @@ class SearchEngine:
                 each image's vectors first, 32 times less, and has its recall of the exact answer
                 measured; "auto" is exact as long as that fits into `memory`. None leaves it as it is.
             memory: bytes that a search may go through; None leaves it as it is (2 GB).
+            rerank_features: how image tokens are kept, so that a rerank needs no encoder: "int8",
+                "fp16" (twice as large), "none", or "auto": int8 where that takes at most 100 KB an
+                image. None leaves it as it is; "auto" for a new index.
             queries: texts to measure the recall with, as people will ask; () takes ready-made ones.
             on_progress: called with (files done, files to do).
 
@@ -177,11 +185,25 @@ class SearchEngine:
         check_roots(
             paths, [] if rebuild else self.paths()
         )  # a mistyped path leaves no empty index behind
-        settings = self._settings(kind, memory)
+        asked = {
+            name: value
+            for name, value in (
+                ("kind", kind),
+                ("memory", memory),
+                ("rerank_features", rerank_features),
+            )
+            if value is not None
+        }
+        _settings(Settings(), asked)  # complains before an old index is thrown away
         store = self._open_or_create(rebuild)
+        settings = _settings(store.settings, asked)
         self._opened = None
         with store.writing():
-            plan = make_plan(paths, store.records)
+            kept = TokenFiles(self.path, store.manifest.model_fingerprint)
+            wanted = settings.rerank_features in ("int8", "fp16")
+            plan = make_plan(
+                paths, store.records, lambda one: not wanted or one.content_hash in kept
+            )
             expected = plan.unchanged + len(plan.new) + len(plan.changed)
             check_memory(settings, expected, store.manifest.dim)
             if settings != store.settings:
@@ -197,17 +219,6 @@ class SearchEngine:
             except KeyboardInterrupt:  # what was encoded is in the index
                 finished = False
         return indexer.report(time.perf_counter() - start, finished)
-
-    def _settings(self, kind: Kind | None, memory: int | None) -> Settings:
-        """Return the index's settings, with those changed that are asked for."""
-        try:
-            old = Store.open(self.path).settings
-        except StoreError:  # there is none, or a damaged one that will be thrown away
-            old = Settings()
-        try:
-            return Settings(kind=kind or old.kind, memory=old.memory if memory is None else memory)
-        except ValueError as error:
-            raise VectorIndexError(str(error)) from error
 
     def _measure(self, store: Store, queries: Sequence[str]) -> None:
         """Measure what a compact index finds, where that is wanted and not known."""
@@ -232,7 +243,10 @@ class SearchEngine:
             num_vectors=model.num_vectors,
             dim=model.embedding_size,
         )
-        settings = self._settings(None, None)  # a rebuild keeps them
+        try:
+            settings = Store.open(self.path).settings  # a rebuild keeps them
+        except StoreError:  # there is no index, or one that cannot be read
+            settings = Settings()
         return Store.create(self.path, manifest, settings=settings, replace=rebuild)
 
     def compact(self) -> tuple[int, int]:
@@ -249,6 +263,8 @@ class SearchEngine:
         self._opened = None
         with store.writing():
             before = store.size_on_disk()
+            tokens = TokenFiles(self.path, store.manifest.model_fingerprint)
+            tokens.sweep({one.content_hash for one in store.records})
             _tidy(store, tolerated=0)
             return before, store.size_on_disk()
 
@@ -332,23 +348,23 @@ class SearchEngine:
             vectors = model.encode_texts([query])
         else:
             depth, vectors = 0, model.encode_images([query])[0]
-        paths, itc = self._nearest(vectors, max(k, depth))
+        images, itc = self._nearest(vectors, max(k, depth))
         if not depth:
-            return _hits(paths, itc, None)
-        return self._rerank(with_itm_head(model), str(query), paths, itc)[:k]
+            return _hits(images, itc, None)
+        return self._rerank(with_itm_head(model), str(query), images, itc)[:k]
 
-    def _nearest(self, vectors: Float32, count: int) -> tuple[list[str], Float32]:
-        """Find the images nearest to any of some vectors (M, E): paths and similarities (count,)."""
+    def _nearest(self, vectors: Float32, count: int) -> tuple[list[ImageRecord], Float32]:
+        """Find the images nearest to any of some vectors (M, E), and their similarities (count,)."""
         opened, _ = self._ready()
         scores, images = search_any(opened.index, vectors, count)
         try:
-            return opened.store.paths_at(images), scores
+            return opened.store.records_at(images), scores
         except StoreCorruptError:
             raise
         except StoreError:  # another process has merged the segments in between
             opened, _ = self._ready()
             scores, images = search_any(opened.index, vectors, count)
-            return opened.store.paths_at(images), scores
+            return opened.store.records_at(images), scores
 
     def rank_texts(
         self,
@@ -423,6 +439,19 @@ class SearchEngine:
         except StoreMissingError:
             return []
 
+    def kept_tokens(self, paths: Sequence[str]) -> tuple[str, Callable[[int], Float32 | None]]:
+        """Return how image tokens are kept, and what reads those of the i-th path.
+
+        It gives (P, D), float32, before `ln_vision`; None where there are none.
+
+        Raises:
+            StoreMissingError: there is no index.
+        """
+        store = Store.open(self.path)
+        files = TokenFiles(self.path, store.manifest.model_fingerprint)
+        hashes = {record.path: record.content_hash for record in store.records}
+        return store.settings.rerank_features, lambda i: files.read(hashes[paths[i]])
+
     def features(self) -> npt.NDArray[np.float16]:
         """Return the vectors of all images as stored: (N, Q, E), in the order of `paths`.
 
@@ -436,31 +465,40 @@ class SearchEngine:
         self,
         model: RetrievalModel,
         text: str,
-        paths: Sequence[str],
+        images: Sequence[ImageRecord],
         itc: Float32,
     ) -> list[Hit]:
-        def pixels_of(path: str) -> Tensor | ImageReadError:
-            try:
-                return model.image_transform(path)
-            except ImageReadError as error:
-                return error
+        kept = TokenFiles(self.path, model.fingerprint)
 
-        readable, pixels = [], []
+        def look_at(image: ImageRecord) -> tuple[Float32 | None, Tensor | None]:
+            """Return its tokens where the index keeps them, else its pixels."""
+            tokens = kept.read(image.content_hash)
+            if tokens is not None:
+                return tokens, None
+            try:
+                return None, model.image_transform(image.path)
+            except ImageReadError as error:
+                log.warning("%s; left out (`blip2-search index` updates the index)", error)
+                return None, None
+
         with ThreadPoolExecutor(_workers()) as pool:  # Pillow lets go of the interpreter's lock
-            for position, found in enumerate(pool.map(pixels_of, paths)):
-                if isinstance(found, Tensor):
-                    pixels.append(found)
-                    readable.append(position)
-                else:
-                    log.warning("%s; left out (`blip2-search index` updates the index)", found)
-        if not readable:
+            seen = list(pool.map(look_at, images))
+        pixels = {i: found for i, (_, found) in enumerate(seen) if found is not None}
+        tokens = {
+            i: torch.from_numpy(found) for i, (found, _) in enumerate(seen) if found is not None
+        }
+        if pixels:
+            parts = torch.split(torch.stack(list(pixels.values())), 32)
+            encoded = torch.cat([model.encode_pixels(part) for part in parts])
+            tokens |= zip(pixels, encoded, strict=True)
+        rows = sorted(tokens)
+        if not rows:
             return []
-        parts = torch.split(torch.stack(pixels), 32)
-        tokens = [model.tokens_from_pixels(part) for part in parts]
-        itm = model.match(torch.cat(tokens), [text] * len(pixels))
-        itc = itc[readable]
+        stacked = torch.stack([tokens[i].to(model.device, model.dtype) for i in rows])
+        itm = model.match(model.normalise_tokens(stacked), [text] * len(rows))
+        itc = itc[rows]
         order = np.argsort(-(itm + itc), kind="stable")
-        return _hits([paths[readable[i]] for i in order], itc[order], itm[order])
+        return _hits([images[rows[i]] for i in order], itc[order], itm[order])
 
     # ---- the index and its model -----------------------------------------------------------------
 
@@ -483,6 +521,7 @@ class SearchEngine:
             size_on_disk=store.size_on_disk(),
             kind=store.settings.kind,
             memory=store.settings.memory,
+            rerank_features=store.settings.rerank_features,
             search_bytes=stored.search_bytes,
             recall=stored.measured,
             needs_measuring=stored.needs_measuring,
@@ -534,17 +573,24 @@ class SearchEngine:
         return self._model
 
 
-def _hits(paths: Sequence[str], itc: Float32, itm: Float32 | None) -> list[Hit]:
+def _hits(images: Sequence[ImageRecord], itc: Float32, itm: Float32 | None) -> list[Hit]:
     return [
         Hit(
             rank=i + 1,
-            path=path,
+            path=image.path,
             score=float(itc[i] if itm is None else itc[i] + itm[i]),
             itc=float(itc[i]),
             itm=None if itm is None else float(itm[i]),
         )
-        for i, path in enumerate(paths)
+        for i, image in enumerate(images)
     ]
+
+
+def _settings(old: Settings, asked: Mapping[str, Any]) -> Settings:
+    try:
+        return replace(old, **asked)
+    except ValueError as error:
+        raise VectorIndexError(str(error)) from error
 
 
 def _rerank_depth(model: Embedder, rerank: int | None) -> int:

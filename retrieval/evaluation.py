@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from .data import CaptionedImage, captions_and_owners
 from .embedder import Embedder, Float32
 from .engine import SearchEngine
 from .errors import DatasetError, DeviceMemoryError
-from .feature_cache import TokenCache, cached_features, plain_tokens
+from .feature_cache import cached_features, plain_tokens
 from .itm_cache import ItmCache, itm_cache_name
 from .metrics import bootstrap_intervals, rank_statistics
 from .model import Precision, RetrievalModel, autocast, itc_similarities, with_itm_head
@@ -29,6 +30,7 @@ from .reranking import (
     DIRECTIONS,
     MEMORY,
     Direction,
+    Float16,
     Int64,
     OnProgress,
     Ranking,
@@ -116,6 +118,21 @@ def evaluate(
         ) from error
 
 
+@dataclass(frozen=True)
+class _AsKept(Sequence[Float16]):
+    """Image tokens as an index keeps them, or as encoded where it does not: what a query reranks by."""
+
+    read: Callable[[int], Float32 | None]
+    encoded: Sequence[Float16]
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, row: Any) -> Any:
+        found = self.read(row)
+        return self.encoded[row] if found is None else found.astype(np.float16)
+
+
 @dataclass
 class _Evaluation:
     """One evaluation; the fields are `evaluate`'s arguments, made definite."""
@@ -153,13 +170,19 @@ class _Evaluation:
                 features = cached_features(model, tokens.images)
             with clock("texts"):
                 texts = self._encode_texts(captions)
+            image_tokens: Sequence[Float16] = tokens.images
+            kept = "none"
             if index is None:
                 with clock("itc"):
                     itc = itc_similarities(torch.from_numpy(features).to(model.device), texts)
                     rankings = rank_by_itc(itc, owner, max(self.depth, 1), self.directions)
             else:
-                rankings = self._rank_through(SearchEngine(index, model), images, texts, owner)
-            logits = self._match(tokens, captions, rankings) if self.depth else {}
+                engine = SearchEngine(index, model)
+                rankings = self._rank_through(engine, images, texts, owner)
+                kept, read = engine.kept_tokens([os.path.abspath(image.path) for image in images])
+                image_tokens = _AsKept(read, tokens.images)
+            folder = tokens.folder / itm_cache_name(model, captions, f"{self.precision} {kept}")
+            logits = self._match(image_tokens, captions, rankings, folder) if self.depth else {}
 
         def ranks_at(k: int) -> dict[str, Int64]:
             return {
@@ -213,21 +236,21 @@ class _Evaluation:
 
     def _match(
         self,
-        tokens: TokenCache,
+        image_tokens: Sequence[Float16],
         captions: Sequence[str],
         rankings: dict[Direction, Ranking],
+        folder: Path,
     ) -> dict[Direction, Float32]:
         """Return the ITM logits (R, K) of the candidates of each direction."""
         model = with_itm_head(self.model)
         pairs = pairs_to_match(rankings, len(captions))
-        folder = tokens.folder / itm_cache_name(model, captions, self.precision)
         with (
             self.clock("rerank"),
             autocast(model.device, self.precision),
             ItmCache(folder) as cache,
         ):
             itm = match_pairs(
-                model, tokens.images, captions, pairs,
+                model, image_tokens, captions, pairs,
                 memory=self.memory, cache=cache, on_progress=self.announce("Reranking pairs"),
             )  # fmt: skip
         self.rates["pairs"] = cache.pairs / cache.seconds

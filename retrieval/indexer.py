@@ -24,11 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..indexes.errors import StoreCorruptError
+from ..indexes.errors import StoreCorruptError, StoreError
 from ..indexes.files import HASH_BYTES
+from ..indexes.manifest import RerankFeatures
 from ..indexes.store import ImageRecord, Store
+from ..indexes.token_files import TokenFiles
 from .embedder import Embedder, PixelTransform
 from .errors import DeviceMemoryError, ImageReadError
+from .model import RetrievalModel
 from .preprocess import load_image
 
 EXTENSIONS = frozenset(
@@ -36,6 +39,7 @@ EXTENSIONS = frozenset(
 )
 COMMIT_IMAGES = 512  # images between two commits ...
 COMMIT_COPIES = 8192  # ... of files whose features are known
+KEPT_BYTES = 100_000  # of image tokens, in int8, that "auto" keeps of each image
 TIDY_IMAGES = 8192  # images until small segments are merged, so that searches meanwhile are quick
 COMMIT_SECONDS = 20.0  # ... or seconds, whichever comes first
 
@@ -75,11 +79,15 @@ class Plan:
     skipped: list[SkippedFile] = field(default_factory=list)
 
 
-def make_plan(paths: Sequence[str | Path], records: Iterable[ImageRecord]) -> Plan:
+def make_plan(
+    paths: Sequence[str | Path],
+    records: Iterable[ImageRecord],
+    is_complete: Callable[[ImageRecord], bool] = lambda record: True,
+) -> Plan:
     """Compare files and folders with what the index holds.
 
     A record counts as vanished when its file lay under one of `paths` and is there no more; what
-    was indexed from elsewhere is left alone.
+    was indexed from elsewhere is left alone. What is not complete counts as changed.
 
     Raises:
         ImageReadError: one of `paths` does not exist and the index knows nothing below it.
@@ -92,7 +100,7 @@ def make_plan(paths: Sequence[str | Path], records: Iterable[ImageRecord]) -> Pl
         record = known.get(path)
         if record is None:
             plan.new.append(path)
-        elif _differs(path, record):
+        elif _differs(path, record) or not is_complete(record):
             plan.changed.append(path)
         else:
             plan.unchanged += 1
@@ -241,10 +249,13 @@ class Indexer:
         self._since_tidy = 0  # images
         self.plan = plan
         self.on_progress = on_progress
+        self._tokens = TokenFiles(store.directory, store.manifest.model_fingerprint)
         self.added = self.updated = self.reused = 0
         self._old = set(plan.changed)
         # Read before anything changes: a moved file's old path is on its way out.
-        self._known = {record.content_hash: record for record in store.records}
+        self._known = {
+            record.content_hash: record for record in store.records if self._is_complete(record)
+        }
         self._now = {record.path: record.content_hash for record in store.records}
         self._copies: list[_Known] = []
         self._reused = 0  # of the records that wait for a commit
@@ -316,6 +327,10 @@ class Indexer:
         twin = self._now.get(item.twin)
         return twin is None or twin != item.record.content_hash
 
+    def _is_complete(self, record: ImageRecord) -> bool:
+        wanted = self.store.settings.rerank_features in ("int8", "fp16")
+        return not wanted or record.content_hash in self._tokens
+
     def _skip(self, file: SkippedFile) -> None:
         self.plan.skipped.append(file)
         if file.path in self._old:
@@ -325,15 +340,34 @@ class Indexer:
     def _encode(self, model: Embedder, batch: Sequence[_Decoded]) -> None:
         pixels = torch.stack([item.pixels for item in batch])
         try:
-            features = model.features_from_encoder(model.encode_pixels(pixels))
+            tokens = model.encode_pixels(pixels)
+            features = model.features_from_encoder(tokens)
         except torch.cuda.OutOfMemoryError as error:
             raise DeviceMemoryError(
                 f"{len(batch)} images do not fit into the GPU's memory: try a smaller --batch-size, "
                 "or --device cpu; what was encoded is kept"
             ) from error
+        self._keep_tokens(model, batch, tokens)
         self._features.append(features.to("cpu", torch.float16).numpy())
         self._records.extend(item.record for item in batch)
         self._commit_in_time()
+
+    def _keep_tokens(self, model: Embedder, batch: Sequence[_Decoded], tokens: Tensor) -> None:
+        if self.store.settings.rerank_features == "auto":
+            few = isinstance(model, RetrievalModel) and tokens[0].numel() <= KEPT_BYTES
+            # An index that has images without them would have to encode those again.
+            kind: RerankFeatures = "int8" if few and not len(self.store) else "none"
+            self.store.change_settings(replace(self.store.settings, rerank_features=kind))
+        kind = self.store.settings.rerank_features
+        if kind == "none":
+            return
+        try:
+            for item, image in zip(batch, tokens.float().cpu().numpy(), strict=True):
+                self._tokens.write(item.record.content_hash, image, kind)
+        except OSError as error:
+            raise StoreError(
+                f"Cannot write to the index in {self.store.directory}: {error.strerror or error}."
+            ) from error
 
     def _commit_in_time(self) -> None:
         late = time.monotonic() - self._last_commit > COMMIT_SECONDS

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..indexes.files import replace_file
-from .embedder import Float32
-from .model import RetrievalModel
+from .embedder import Embedder, Float32
 
 Int64 = npt.NDArray[np.int64]
 log = logging.getLogger(__name__)
@@ -96,7 +95,7 @@ class ItmCache:
         self._new, self._written = [], time.monotonic()
 
 
-def itm_cache_name(model: RetrievalModel, captions: Sequence[str], settings: str) -> str:
+def itm_cache_name(model: Embedder, captions: Sequence[str], settings: str) -> str:
     """Return the name of the folder for these captions: logits hang on the whole model."""
     digest = hashlib.blake2b(f"{settings} {model.fingerprint}".encode(), digest_size=12)
     for caption in captions:

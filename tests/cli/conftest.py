@@ -46,7 +46,7 @@ class FakeEngine:
             path="/data/index", images=1234, vectors_per_image=32, embedding_size=256,
             model_name="mini", model_fingerprint="0123abcd", schema_version=1,
             size_on_disk=20_500_000, kind="auto", memory=2_000_000_000,
-            search_bytes=12_000_000, recall=None, needs_measuring=False,
+            search_bytes=12_000_000, recall=None, needs_measuring=False, rerank_features="int8",
             preprocessing={"image_size": 260, "resize": "squash, bicubic"},
         )  # fmt: skip
 

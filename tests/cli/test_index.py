@@ -18,12 +18,13 @@ def test_options_reach_the_engine(run, engine, tmp_path):
     run(
         "index", "a", "b.jpg", "--index", tmp_path, "--model", "m", "--batch-size", 4,
         "--workers", 3, "--device", "cpu", "--rebuild", "--kind", "compact", "--memory", "3MB",
-        "--queries", texts,
+        "--queries", texts, "--rerank-features", "fp16",
     )  # fmt: skip
     assert engine.opened == [{"index": tmp_path, "model": "m", "device": "cpu"}]
     how = {
         "batch_size": 4, "workers": 3, "rebuild": True,
         "kind": "compact", "memory": 3_000_000, "queries": ["a dog", "a cat"],
+        "rerank_features": "fp16",
     }  # fmt: skip
     assert engine.calls == [([Path("a"), Path("b.jpg")], how)]
 

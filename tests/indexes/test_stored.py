@@ -73,7 +73,7 @@ def assert_answers_as_the_oracle(store, k=12):
     assert found.scores.tobytes() == expected.scores.tobytes()
     paths = [one.path for one in store.records]
     images = found.images[0]
-    assert store.paths_at(images) == [paths[image] for image in images]
+    assert [one.path for one in store.records_at(images)] == [paths[image] for image in images]
 
 
 def test_with_and_without_shortcuts(store):

@@ -1,5 +1,6 @@
 """The search engine on drawn photographs, against the model asked by hand."""
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -31,7 +32,7 @@ from tiny import build_tiny_model, draw
 @pytest.fixture
 def engine(photos, tmp_path, tiny_model):
     engine = SearchEngine(tmp_path / "index", tiny_model)
-    engine.add([photos])
+    engine.add([photos], rerank_features="none")
     return engine
 
 
@@ -506,8 +507,8 @@ class TestKinds:
         other_store = Store.open(other.path)
         engine._ready = ready
         vectors = engine._model.encode_texts(["a red circle"])
-        paths, _ = engine._nearest(vectors, 4)
-        assert paths == [hit.path for hit in before[:4]]
+        found, _ = engine._nearest(vectors, 4)
+        assert [image.path for image in found] == [hit.path for hit in before[:4]]
 
     def test_compact_gives_back_the_room_of_removed_images(self, engine, photos):
         before = engine.info().size_on_disk
@@ -572,3 +573,73 @@ def test_one_image_pairs_with_many_texts(photos, tiny_model):
     assert tiny_model.match(one, texts, batch_size=2) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ValueError, match="2 images cannot pair with 3 texts"):
         tiny_model.match(tiny_model.image_tokens(paths), texts)
+
+
+class TestRerankFeatures:
+    """The tiny model's tokens are few: a new index keeps them by itself."""
+
+    @pytest.fixture
+    def engine(self, photos, tmp_path, tiny_model):
+        engine = SearchEngine(tmp_path / "keeps", tiny_model)
+        engine.add([photos])
+        return engine
+
+    def scores(self, hits):
+        return {hit.path: hit.itm for hit in hits}
+
+    def test_they_stand_for_the_photographs(self, engine, photos, tiny_model):
+        assert engine.info().rerank_features == "int8"
+        exact = {path: itm for path, _, itm in by_hand(tiny_model, photos, "a red circle")}
+        found = self.scores(engine.search("a red circle", k=18, rerank=18))
+        assert found == pytest.approx(exact, abs=0.02)
+        assert found != exact
+        for photo in photos.iterdir():  # and no file is looked at
+            photo.unlink()
+        assert self.scores(engine.search("a red circle", k=18, rerank=18)) == found
+
+    def test_fp16_is_nearly_exact_and_none_decodes(self, engine, photos, tiny_model):
+        exact = {path: itm for path, _, itm in by_hand(tiny_model, photos, "a red circle")}
+        assert engine.add([photos], rerank_features="fp16").updated == 0  # int8 will do
+        report = engine.add([photos], rerank_features="fp16", rebuild=True)
+        assert report.added == 18
+        found = self.scores(engine.search("a red circle", k=18, rerank=18))
+        assert found == pytest.approx(exact, abs=1e-3)
+        engine.add([photos], rerank_features="none", rebuild=True)
+        assert engine.info().rerank_features == "none"
+        with pytest.raises(VectorIndexError, match="rerank features are one of"):
+            engine.add([photos], rerank_features="int4")
+
+    def test_switched_on_later_they_are_made(self, photos, tmp_path, tiny_model):
+        engine = SearchEngine(tmp_path / "later", tiny_model)
+        engine.add([photos], rerank_features="none")
+        assert not (tmp_path / "later" / "tokens").exists()
+        assert engine.add([photos]).unchanged == 18
+        assert engine.add([photos], rerank_features="int8").updated == 18
+        assert len(list((tmp_path / "later" / "tokens").glob("*/*/*"))) == 18
+        assert engine.add([photos]).unchanged == 18
+
+    def test_an_index_from_before_does_not_begin_by_itself(self, photos, tmp_path, tiny_model):
+        engine = SearchEngine(tmp_path / "later", tiny_model)
+        first, *others = sorted(photos.iterdir())
+        engine.add([first], rerank_features="none")
+        store = Store.open(engine.path)
+        with store.writing():
+            store.change_settings(dataclasses.replace(store.settings, rerank_features="auto"))
+        assert engine.add([photos]).added == len(others)
+        assert engine.info().rerank_features == "none"
+        assert engine.add([photos]).unchanged == 18
+
+    def test_a_damaged_file_means_the_photograph(self, engine, photos, tiny_model):
+        for file in (engine.path / "tokens").glob("*/*/*"):
+            file.write_bytes(file.read_bytes()[:-1])
+        exact = {path: itm for path, _, itm in by_hand(tiny_model, photos, "a red circle")}
+        found = self.scores(engine.search("a red circle", k=18, rerank=18))
+        assert found == pytest.approx(exact, abs=1e-4)
+
+    def test_compact_drops_those_of_removed_images(self, engine, photos):
+        photo = sorted(photos.iterdir())[0]
+        photo.rename(photos / "moved.png")  # the same content
+        sorted(photos.iterdir())[0].unlink()
+        engine.add([photos])
+        engine.compact()
+        assert len(list((engine.path / "tokens").glob("*/*/*"))) == 17

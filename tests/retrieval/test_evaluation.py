@@ -146,7 +146,7 @@ def test_an_exact_index_loses_nothing(tiny_model, dataset, tmp_path, rerank):
     assert through.candidates == "index"
     assert through.tables.keys() == dense.tables.keys()
     for name, table in dense.tables.items():
-        assert through.tables[name] == pytest.approx(table, rel=0.01)  # it stores fp16
+        assert through.tables[name] == pytest.approx(table, rel=0.02)  # it stores fp16, and int8
     again = evaluate(tiny_model, dataset, rerank=rerank, index=tmp_path / "index")
     assert again.tables == through.tables
 
