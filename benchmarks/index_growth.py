@@ -20,13 +20,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..indexes.base import Float16, Float32
 from ..indexes.manifest import Kind, Manifest, Settings
 from ..indexes.store import SEGMENT_ROWS, ImageRecord, Store
 from ..indexes.stored import StoredIndex
 from ..retrieval.engine import SearchEngine
 from ..retrieval.loading import load_embedder
 from ..retrieval.prompts import PROMPTS
-from .index_tradeoff import QUERIES, Float16, Float32, widened
+from .index_tradeoff import QUERIES, widened
 
 ADDED = 1000  # images, for the time of an addition
 

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from ..indexes.base import SearchResult
+from ..indexes.base import Float16, Float32, Int64, SearchResult
 from ..indexes.bounded import DEPTH, BoundedIndex, index_in_memory
 from ..indexes.ranking import to_float32
 from ..indexes.recall import measure as measure_recall
@@ -31,9 +30,6 @@ from ..retrieval.engine import SearchEngine
 from ..retrieval.loading import load_embedder
 from ..retrieval.prompts import PROMPTS
 
-Float16 = npt.NDArray[np.float16]
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
 Search = Callable[[Float32, int], Int64]  # queries (B, E), k -> images (B, k)
 
 OVER_FETCH = 8  # vectors fetched for each image wanted, by the usual use of FAISS

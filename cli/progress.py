@@ -14,8 +14,9 @@ from . import render
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from ..retrieval.progress import OnProgress
+
 T = TypeVar("T", bound="Stages")
-OnProgress = Callable[[int, int], None]  # (files done, files to do)
 
 SECONDS_A_LINE = 10.0
 

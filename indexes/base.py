@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from .errors import VectorIndexError
 
+Float16 = npt.NDArray[np.float16]
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 

@@ -24,6 +24,7 @@ from .base import Float32, Int64, SearchResult
 from .directions import UNIT, Directions, find_directions
 from .joined import Joined
 from .ranking import (
+    IN_FLIGHT,
     best_first,
     blocks,
     check_features,
@@ -36,9 +37,7 @@ from .shortcuts import Shortcut, make_shortcut
 
 DEPTH = 128  # results that a compact index's candidates are meant for
 _FIRST = 2  # images looked at first, for each image wanted
-_CACHED = 1 << 18  # numbers scored at once: 1 MB in float32 stays in a core's cache
 _BOUNDS_HELD = 1 << 26  # bounds of all images for some queries: 256 MB in float32
-_IN_FLIGHT = 1 << 22  # numbers held at once while searching, about: 16 MB in float32
 
 
 class BoundedIndex:
@@ -185,7 +184,7 @@ class BoundedIndex:
     def _bounds_of(self, images: Int64, split: Float32) -> Float32:
         """The same of some images (n,), for one query: (n,)."""
         found = np.empty(len(images), np.float32)
-        for some in blocks(len(images), int(np.prod(self._bounds.shape[1:])), _CACHED):
+        for some in blocks(len(images), int(np.prod(self._bounds.shape[1:]))):
             found[some] = _maxima(self._bounds[images[some]], split)[:, 0]
         return found
 
@@ -219,7 +218,7 @@ class BoundedIndex:
         """The similarities of some images but for rounding: (n,) -> (n,)."""
         scores = np.empty(len(images), np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
-            for part in blocks(len(images), int(np.prod(self._features.shape[1:])), _CACHED):
+            for part in blocks(len(images), int(np.prod(self._features.shape[1:]))):
                 scores[part] = (to_float32(self._features[images[part]]) @ query).max(axis=1)
         return scores
 
@@ -255,7 +254,7 @@ def _maxima(bounds: Float32, split: Float32) -> Float32:
     """The greatest product of each image: (n, Q, d + 1) and (d + 1, B) -> (n, B)."""
     images, per_image, size = bounds.shape
     found = np.empty((images, split.shape[1]), np.float32)
-    for part in blocks(images, per_image * max(size, split.shape[1]), _IN_FLIGHT):
+    for part in blocks(images, per_image * max(size, split.shape[1]), IN_FLIGHT):
         products = bounds[part].reshape(-1, size) @ split
         found[part] = products.reshape(-1, per_image, split.shape[1]).max(axis=1)
     return found

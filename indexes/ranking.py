@@ -16,8 +16,8 @@ from .base import Float32, Int64
 from .errors import VectorIndexError
 from .joined import Joined
 
-_GATHERED = 1 << 22  # numbers gathered at once: 16 MB in float32
-_BLOCK = 1 << 18  # float32 numbers in flight: 1 MB stays in a core's cache
+CACHED = 1 << 18  # numbers computed with at once: 1 MB in float32 stays in a core's cache
+IN_FLIGHT = 1 << 22  # numbers held at once: 16 MB in float32
 _SIGN_EXPONENT_MANTISSA = np.uint32(0x8FFFE000).view(
     np.int32
 )  # of a float16, where float32 has them
@@ -68,7 +68,7 @@ def check_k(k: int, num_images: int) -> int:
     return min(wanted, num_images)
 
 
-def blocks(count: int, size: int, limit: int = _BLOCK) -> Iterator[slice]:
+def blocks(count: int, size: int, limit: int = CACHED) -> Iterator[slice]:
     """Cuts `count` rows of `size` numbers into slices of some `limit` numbers, at least a row."""
     step = max(1, limit // max(1, size))
     for start in range(0, count, step):
@@ -107,7 +107,7 @@ def similarities(features: npt.NDArray[Any], query: Float32) -> Float32:
 def similarities_of(features: npt.NDArray[Any] | Joined, images: Int64, query: Float32) -> Float32:
     """Similarities of some images, by their numbers (n,), to one query: (n,); see `similarities`."""
     scores = np.empty(len(images), np.float32)
-    for part in blocks(len(images), int(np.prod(features.shape[1:])), _GATHERED):
+    for part in blocks(len(images), int(np.prod(features.shape[1:])), IN_FLIGHT):
         scores[part] = similarities(features[images[part]], query)
     return scores
 

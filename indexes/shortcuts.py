@@ -25,8 +25,6 @@ from .directions import Directions
 from .files import replace_file
 from .ranking import blocks, to_float32
 
-_IN_FLIGHT = 1 << 18  # numbers held at once: 1 MB in float32 stays in a core's cache
-
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
@@ -43,7 +41,7 @@ def make_shortcut(directions: Directions, features: npt.NDArray[Any]) -> Shortcu
     bounds = np.empty((images, per_image, len(directions) + 1), np.float32)
     longest = 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # what is infinite bounds nothing
-        for part in blocks(images, features[:1].size, _IN_FLIGHT):
+        for part in blocks(images, features[:1].size):
             bounds[part], length = directions.split(to_float32(features[part]))
             longest = max(longest, length)
         means = bounds[:, :, :-1].mean(axis=1)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .embedder import Float32, fingerprint
+from ..indexes.base import Float32
+from .embedder import fingerprint
 from .errors import CheckpointError
 from .preprocess import ImageLike, load_image
 

@@ -13,15 +13,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..indexes.base import Float32
 from .preprocess import ImageLike
-
-Float32 = npt.NDArray[np.float32]
 
 
 class PixelTransform(Protocol):

@@ -37,9 +37,10 @@ from ..indexes.stored import StoredIndex, check_memory
 from ..indexes.token_files import TokenFiles
 from .embedder import Embedder
 from .errors import CheckpointError, ImageReadError
-from .indexer import Indexer, IndexReport, OnProgress, Plan, SkippedFile, check_roots, make_plan
+from .indexer import Indexer, IndexReport, Plan, SkippedFile, check_roots, make_plan
 from .loading import DEFAULT_MODEL, load_embedder
 from .model import RetrievalModel, with_itm_head
+from .progress import OnProgress
 from .prompts import PROMPTS
 
 __all__ = ["Hit", "IndexInfo", "IndexReport", "SearchEngine", "SkippedFile", "TextHit"]

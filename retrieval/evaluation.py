@@ -17,30 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..indexes.base import Float16, Float32, Int64
 from .data import CaptionedImage, captions_and_owners
-from .embedder import Embedder, Float32
+from .embedder import Embedder
 from .engine import SearchEngine
 from .errors import DatasetError, DeviceMemoryError
 from .feature_cache import cached_features, plain_tokens
 from .itm_cache import ItmCache, itm_cache_name
 from .metrics import bootstrap_intervals, rank_statistics
 from .model import Precision, RetrievalModel, autocast, itc_similarities, with_itm_head
+from .progress import Prepare
 from .report import Depth, RetrievalReport
 from .reranking import (
     DIRECTIONS,
     MEMORY,
     Direction,
-    Float16,
-    Int64,
-    OnProgress,
     Ranking,
     match_pairs,
     pairs_to_match,
     rank_by_itc,
 )
 from .validation import mean_query_cosine
-
-Prepare = Callable[[str], OnProgress]  # announces a piece of work, and gives its progress callback
 
 DEFAULT_RERANK = 128  # candidates a query, as published
 _TEXTS = 256  # captions a pass

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -28,9 +28,9 @@ from .embedder import Embedder, PixelTransform
 from .errors import DatasetError, ImageReadError, TokenOverflowError
 from .model import Precision, autocast
 from .preprocess import load_image
+from .progress import OnProgress
 from .recipe import DataConfig
 
-OnProgress = Callable[[int, int], None]  # (images done, images to do)
 IMAGES_A_BATCH = 32
 IMAGES_A_FILE = 512
 

@@ -33,6 +33,7 @@ from .embedder import Embedder, PixelTransform
 from .errors import DeviceMemoryError, ImageReadError
 from .model import RetrievalModel
 from .preprocess import load_image
+from .progress import OnProgress
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -42,8 +43,6 @@ COMMIT_COPIES = 8192  # ... of files whose features are known
 KEPT_BYTES = 100_000  # of image tokens, in int8, that "auto" keeps of each image
 TIDY_IMAGES = 8192  # images until small segments are merged, so that searches meanwhile are quick
 COMMIT_SECONDS = 20.0  # ... or seconds, whichever comes first
-
-OnProgress = Callable[[int, int], None]  # (files done, files to do)
 
 
 class SkippedFile(NamedTuple):

@@ -13,12 +13,11 @@ from types import TracebackType
 from zipfile import BadZipFile
 
 import numpy as np
-import numpy.typing as npt
 
+from ..indexes.base import Float32, Int64
 from ..indexes.files import replace_file
-from .embedder import Embedder, Float32
+from .embedder import Embedder
 
-Int64 = npt.NDArray[np.int64]
 log = logging.getLogger(__name__)
 _SECONDS_A_FILE = 30.0  # what a kill may lose
 

@@ -23,9 +23,9 @@ import torch
 from .data import CAPTION_COLUMNS, PATH_COLUMNS, RATING, read_columns
 from .embedder import Embedder
 from .errors import DatasetError
-from .evaluation import Prepare
 from .feature_cache import cached_features, plain_tokens
 from .model import RetrievalModel, itc_similarities
+from .progress import Prepare
 from .reranking import MEMORY, Pairs, match_pairs
 
 TOKEN_FILE = "Flickr8k.token.txt"  # captions by their ids, as Flickr8k comes

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..indexes.base import Float32
 from .config import ModelConfig
-from .embedder import Embedder, Float32, fingerprint
+from .embedder import Embedder, fingerprint
 from .encoders import build_encoder
 from .errors import CheckpointError
 from .masks import bi_directional_mask, multimodal_causal_mask, uni_modal_mask

@@ -10,7 +10,7 @@ N images, B texts, R queries of a direction, K candidates of each, P image token
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,16 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..indexes.base import Float16, Float32, Int64
 from .errors import ScoreError
 from .itm_cache import ItmCache
 from .metrics import image_ranks, text_ranks
 from .model import MATCH, RetrievalModel
+from .progress import OnProgress
 
-Float16 = npt.NDArray[np.float16]
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
 Direction = Literal["tr", "ir"]
-OnProgress = Callable[[int, int], None]  # (done, to do)
 
 DIRECTIONS: tuple[Direction, ...] = ("tr", "ir")
 MEMORY = 2 << 30  # bytes of image tokens that are held at once

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,13 +15,12 @@ from .batches import BatchSource, CachedTokens, DrawnImages
 from .data import CaptionedImage, read_captioned
 from .distributed import World, any_says
 from .errors import DatasetError, EmptySplitError, ImageReadError
-from .feature_cache import OnProgress, TokenCache, encoder_tokens
+from .feature_cache import TokenCache, encoder_tokens
 from .model import Precision, RetrievalModel
 from .preprocess import load_image
+from .progress import Prepare
 from .recipe import Recipe, check_length
 from .shards import Shards
-
-Prepare = Callable[[str], OnProgress]  # announces a piece of work, and gives its progress callback
 
 
 @dataclass(frozen=True, kw_only=True)

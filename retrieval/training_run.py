@@ -21,11 +21,12 @@ from .errors import TrainingError
 from .loading import load_model, pick_device
 from .model import RetrievalModel
 from .preprocess import TextTransform
+from .progress import Prepare
 from .recipe import Recipe, with_total_steps
 from .run_folder import RunFolder
 from .start import starting_model
 from .trainer import Observer, Trainer, pick_precision
-from .training_data import CaptionFile, Prepare, training_data
+from .training_data import CaptionFile, training_data
 from .validation import Validator
 
 

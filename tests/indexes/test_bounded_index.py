@@ -42,7 +42,8 @@ def test_equals_the_oracle(directions, k):
 
 
 def test_equals_the_oracle_in_blocks(monkeypatch):
-    monkeypatch.setattr(bounded, "_IN_FLIGHT", 1000)
+    monkeypatch.setattr(bounded, "IN_FLIGHT", 1000)
+    monkeypatch.setattr(bounded, "_BOUNDS_HELD", 1000)
     features = photos(150, 4, 32, rank=6)
     assert_same(index_in_memory(features), ExactIndex(features), queries_near(features, 40), 9)
 
