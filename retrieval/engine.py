@@ -1,7 +1,7 @@
 """The search engine: a folder of photographs in, ranked hits out.
 
 A query is compared with the 32 vectors of every image (ITC, max over queries); the best candidates
-are decoded again and scored by the ITM head. Final score = ITM logit + ITC similarity, as published.
+are then scored by the ITM head (`candidates`). Final score = ITM logit + ITC similarity, as published.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ..indexes.base import Float32, SearchResult, search_any
-from ..indexes.bounded import BoundedIndex, index_in_memory
+from ..indexes.bounded import BoundedIndex
 from ..indexes.errors import (
     ModelMismatchError,
     StoreCorruptError,
@@ -35,8 +32,9 @@ from ..indexes.recall import Measured
 from ..indexes.store import SCHEMA_VERSION, Damage, ImageRecord, Manifest, Store
 from ..indexes.stored import StoredIndex, check_memory
 from ..indexes.token_files import TokenFiles
+from .candidates import Hit, TextHit, decoding_threads, hits_by_itc, rank_texts, reranked
 from .embedder import Embedder
-from .errors import CheckpointError, ImageReadError
+from .errors import CheckpointError
 from .indexer import Indexer, IndexReport, Plan, SkippedFile, check_roots, make_plan
 from .loading import DEFAULT_MODEL, load_embedder
 from .model import RetrievalModel, with_itm_head
@@ -52,28 +50,6 @@ log = logging.getLogger(__name__)
 # Published models gain from more: ask for them.
 DEFAULT_RERANK = 10
 _TOLERATED = 0.2  # share of removed rows that a segment may drag along before it is rewritten
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hit:
-    """One found image."""
-
-    rank: int  # from 1
-    path: str
-    score: float  # ITM logit + ITC similarity; the ITC similarity alone without rerank
-    itc: float  # cosine, -1 to 1
-    itm: float | None  # raw logit of "match"; None without rerank
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextHit:
-    """One text that fits an image; the scores are those of `Hit`."""
-
-    rank: int
-    text: str
-    score: float
-    itc: float
-    itm: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +144,7 @@ class SearchEngine:
             workers: decoding threads; by default one a processor, eight at most.
             rebuild: throw the old index away first.
             kind: "exact" finds what comparing everything finds; "compact" goes through the mean of
-                each image's vectors first, 32 times less, and has its recall of the exact answer
+                each image's vectors first, far less, and has its recall of the exact answer
                 measured; "auto" is exact as long as that fits into `memory`. None leaves it as it is.
             memory: bytes that a search may go through; None leaves it as it is (2 GB).
             rerank_features: how image tokens are kept, so that a rerank needs no encoder: "int8",
@@ -181,21 +157,14 @@ class SearchEngine:
             ModelMismatchError: the index was made by another model than the one asked for.
             StoreError: the index cannot be read or written.
             ImageReadError: one of `paths` does not exist.
-            VectorIndexError: `memory` is too little even for a compact index; the images are kept.
+            VectorIndexError: `memory` is too little even for a compact index; nothing is encoded then.
         """
         start = time.perf_counter()
         check_roots(
             paths, [] if rebuild else self.paths()
         )  # a mistyped path leaves no empty index behind
-        asked = {
-            name: value
-            for name, value in (
-                ("kind", kind),
-                ("memory", memory),
-                ("rerank_features", rerank_features),
-            )
-            if value is not None
-        }
+        given = {"kind": kind, "memory": memory, "rerank_features": rerank_features}
+        asked = {name: value for name, value in given.items() if value is not None}
         _settings(Settings(), asked)  # complains before an old index is thrown away
         store = self._open_or_create(rebuild)
         settings = _settings(store.settings, asked)
@@ -213,7 +182,7 @@ class SearchEngine:
             needed = self._given or plan.new or plan.changed  # given another: say so in any case
             model = self._model_of(store) if needed else None
             indexer = Indexer(store, plan, on_progress, tidy=lambda: _tidy(store, _TOLERATED))
-            finished = indexer.run(model, batch_size, workers or _workers())
+            finished = indexer.run(model, batch_size, workers or decoding_threads())
             try:
                 _tidy(store, _TOLERATED)
                 if finished:
@@ -313,7 +282,7 @@ class SearchEngine:
             report = None
             if model is not None:
                 indexer = Indexer(store, Plan(new=files), on_progress, tidy=lambda: None)
-                finished = indexer.run(model, batch_size=32, workers=_workers())
+                finished = indexer.run(model, batch_size=32, workers=decoding_threads())
                 report = indexer.report(time.perf_counter() - start, finished)
             _tidy(store, _TOLERATED)
         return damages + shortcuts, report
@@ -352,8 +321,9 @@ class SearchEngine:
             depth, vectors = 0, model.encode_images([query])[0]
         images, itc = self._nearest(vectors, max(k, depth))
         if not depth:
-            return _hits(images, itc, None)
-        return self._rerank(with_itm_head(model), str(query), images, itc)[:k]
+            return hits_by_itc(images, itc)
+        kept = TokenFiles(self.path, model.fingerprint)
+        return reranked(with_itm_head(model), kept, str(query), images, itc)[:k]
 
     def _nearest(self, vectors: Float32, count: int) -> tuple[list[ImageRecord], Float32]:
         """Find the images nearest to any of some vectors (M, E), and their similarities (count,)."""
@@ -397,25 +367,7 @@ class SearchEngine:
             model = self._model_of(Store.open(self.path))
         except StoreMissingError:
             model = self._loaded(DEFAULT_MODEL)
-        depth = _rerank_depth(model, rerank)
-        index = index_in_memory(model.encode_texts(list(texts))[:, None])  # a vector a text
-        itc, found = search_any(index, model.encode_images([image])[0], max(k, depth))
-        itm, scores = None, itc
-        if depth:
-            reranker = with_itm_head(model)
-            itm = reranker.match(reranker.image_tokens([image]), [texts[i] for i in found])
-            scores = itc + itm
-        order = np.argsort(-scores, kind="stable")[:k]
-        return [
-            TextHit(
-                rank=rank,
-                text=texts[found[i]],
-                score=float(scores[i]),
-                itc=float(itc[i]),
-                itm=None if itm is None else float(itm[i]),
-            )
-            for rank, i in enumerate(order, start=1)
-        ]
+        return rank_texts(model, image, texts, k, _rerank_depth(model, rerank))
 
     def search_vectors(self, vectors: npt.NDArray[np.float32], k: int) -> SearchResult:
         """Find the images nearest to the vectors of many texts, by ITC alone.
@@ -461,46 +413,6 @@ class SearchEngine:
             StoreMissingError: there is no index.
         """
         return Store.open(self.path).features()
-
-    @torch.inference_mode()
-    def _rerank(
-        self,
-        model: RetrievalModel,
-        text: str,
-        images: Sequence[ImageRecord],
-        itc: Float32,
-    ) -> list[Hit]:
-        kept = TokenFiles(self.path, model.fingerprint)
-
-        def look_at(image: ImageRecord) -> tuple[Float32 | None, Tensor | None]:
-            """Return its tokens where the index keeps them, else its pixels."""
-            tokens = kept.read(image.content_hash)
-            if tokens is not None:
-                return tokens, None
-            try:
-                return None, model.image_transform(image.path)
-            except ImageReadError as error:
-                log.warning("%s; left out (`blip2-search index` updates the index)", error)
-                return None, None
-
-        with ThreadPoolExecutor(_workers()) as pool:  # Pillow lets go of the interpreter's lock
-            seen = list(pool.map(look_at, images))
-        pixels = {i: found for i, (_, found) in enumerate(seen) if found is not None}
-        tokens = {
-            i: torch.from_numpy(found) for i, (found, _) in enumerate(seen) if found is not None
-        }
-        if pixels:
-            parts = torch.split(torch.stack(list(pixels.values())), 32)
-            encoded = torch.cat([model.encode_pixels(part) for part in parts])
-            tokens |= zip(pixels, encoded, strict=True)
-        rows = sorted(tokens)
-        if not rows:
-            return []
-        stacked = torch.stack([tokens[i].to(model.device, model.dtype) for i in rows])
-        itm = model.match(model.normalise_tokens(stacked), [text] * len(rows))
-        itc = itc[rows]
-        order = np.argsort(-(itm + itc), kind="stable")
-        return _hits([images[rows[i]] for i in order], itc[order], itm[order])
 
     # ---- the index and its model -----------------------------------------------------------------
 
@@ -575,19 +487,6 @@ class SearchEngine:
         return self._model
 
 
-def _hits(images: Sequence[ImageRecord], itc: Float32, itm: Float32 | None) -> list[Hit]:
-    return [
-        Hit(
-            rank=i + 1,
-            path=image.path,
-            score=float(itc[i] if itm is None else itc[i] + itm[i]),
-            itc=float(itc[i]),
-            itm=None if itm is None else float(itm[i]),
-        )
-        for i, image in enumerate(images)
-    ]
-
-
 def _settings(old: Settings, asked: Mapping[str, Any]) -> Settings:
     try:
         return replace(old, **asked)
@@ -611,8 +510,3 @@ def _tidy(store: Store, tolerated: float) -> None:
         raise
     except StoreError as error:  # such as a full disk: nothing is lost by it
         log.warning("%s Searching is slower until `blip2-search compact` can do that.", error)
-
-
-def _workers() -> int:
-    """Return how many threads decode: one a processor, but no memory full of large photographs."""
-    return min(8, os.cpu_count() or 1)

@@ -1,0 +1,165 @@
+"""Candidates, looked at a second time: the ITM head scores each with the query, and ITM + ITC orders them.
+
+What the index finds by ITC are candidates (`engine`). Of an image's tokens, which ITM needs, the index
+may keep a copy (`indexes.token_files`); else the photograph is decoded and encoded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..indexes.base import Float32, search_any
+from ..indexes.bounded import index_in_memory
+from ..indexes.segments import ImageRecord
+from ..indexes.token_files import TokenFiles
+from .embedder import Embedder
+from .errors import ImageReadError
+from .model import RetrievalModel, with_itm_head
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One found image."""
+
+    rank: int  # from 1
+    path: str
+    score: float  # ITM logit + ITC similarity; the ITC similarity alone without rerank
+    itc: float  # cosine, -1 to 1
+    itm: float | None  # raw logit of "match"; None without rerank
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextHit:
+    """One text that fits an image; the scores are those of `Hit`."""
+
+    rank: int
+    text: str
+    score: float
+    itc: float
+    itm: float | None
+
+
+def hits_by_itc(images: Sequence[ImageRecord], itc: Float32) -> list[Hit]:
+    """Return images as they were found, best first, with their ITC similarities (n,)."""
+    return [
+        Hit(rank=rank, path=image.path, score=float(score), itc=float(score), itm=None)
+        for rank, (image, score) in enumerate(zip(images, itc, strict=True), start=1)
+    ]
+
+
+@torch.inference_mode()
+def reranked(
+    model: RetrievalModel,
+    kept: TokenFiles,
+    text: str,
+    images: Sequence[ImageRecord],
+    itc: Float32,
+) -> list[Hit]:
+    """Return images in the order of ITM + ITC, of equals the one that ITC had first.
+
+    Args:
+        model: the model.
+        kept: the image tokens that the index keeps.
+        text: the query.
+        images: n candidates; one whose tokens are not kept and whose file cannot be read is left
+            out, with a warning in the log.
+        itc: (n,), their similarities.
+    """
+    tokens = _encoder_tokens(model, kept, images)
+    rows = sorted(tokens)
+    if not rows:
+        return []
+    stacked = torch.stack([tokens[row].to(model.device, model.dtype) for row in rows])
+    itm = model.match(model.normalise_tokens(stacked), [text] * len(rows))
+    scores = itm + itc[rows]
+    order = np.argsort(-scores, kind="stable")
+    return [
+        Hit(
+            rank=rank,
+            path=images[rows[i]].path,
+            score=float(scores[i]),
+            itc=float(itc[rows[i]]),
+            itm=float(itm[i]),
+        )
+        for rank, i in enumerate(order, start=1)
+    ]
+
+
+def rank_texts(
+    model: Embedder, image: Path | Image.Image, texts: Sequence[str], k: int, depth: int
+) -> list[TextHit]:
+    """Return the k texts that fit an image best; of equals the earlier one.
+
+    Args:
+        model: the model.
+        image: an image file or a PIL image.
+        texts: at least one.
+        k: how many.
+        depth: how many of the best by ITC are reranked; 0 is none.
+
+    Raises:
+        ImageReadError: the image cannot be read.
+        CheckpointError: a rerank was asked of a dual encoder.
+    """
+    index = index_in_memory(model.encode_texts(list(texts))[:, None])  # a vector a text
+    itc, found = search_any(index, model.encode_images([image])[0], max(k, depth))
+    itm, scores = None, itc
+    if depth:
+        reranker = with_itm_head(model)
+        itm = reranker.match(reranker.image_tokens([image]), [texts[i] for i in found])
+        scores = itc + itm
+    order = np.argsort(-scores, kind="stable")[:k]
+    return [
+        TextHit(
+            rank=rank,
+            text=texts[found[i]],
+            score=float(scores[i]),
+            itc=float(itc[i]),
+            itm=None if itm is None else float(itm[i]),
+        )
+        for rank, i in enumerate(order, start=1)
+    ]
+
+
+def decoding_threads() -> int:
+    """Return how many threads decode: one a processor, but no memory full of large photographs."""
+    return min(8, os.cpu_count() or 1)
+
+
+def _encoder_tokens(
+    model: RetrievalModel, kept: TokenFiles, images: Sequence[ImageRecord]
+) -> dict[int, Tensor]:
+    """Return the encoder's tokens (P, D), by the images' places, of those that have any."""
+
+    def look_at(image: ImageRecord) -> tuple[Tensor | None, Tensor | None]:
+        """Return its tokens where they are kept, else its pixels."""
+        found = kept.read(image.content_hash)
+        if found is not None:
+            return torch.from_numpy(found), None
+        try:
+            return None, model.image_transform(image.path)
+        except ImageReadError as error:
+            log.warning("%s; left out (`blip2-search index` updates the index)", error)
+            return None, None
+
+    with ThreadPoolExecutor(decoding_threads()) as pool:  # Pillow lets go of the interpreter's lock
+        seen = list(pool.map(look_at, images))
+    tokens = {row: found for row, (found, _) in enumerate(seen) if found is not None}
+    pixels = {row: found for row, (_, found) in enumerate(seen) if found is not None}
+    if pixels:
+        parts = torch.split(torch.stack(list(pixels.values())), 32)
+        encoded = torch.cat([model.encode_pixels(part) for part in parts])
+        tokens |= zip(pixels, encoded, strict=True)
+    return tokens
