@@ -104,7 +104,8 @@ def print_info(info: IndexInfo) -> None:
         "index": info.path,
         "images": f"{info.images:,}",
         "vectors": f"{info.images * info.vectors_per_image:,} ({shape} an image)",
-        "size on disk": size(info.size_on_disk),
+        "size on disk": size(info.size_on_disk)
+        + (" and image tokens" if info.rerank_features in ("int8", "fp16") else ""),
         "model": f"{info.model_name} (fingerprint {info.model_fingerprint})",
         "preprocessing": settings,
         "layout": f"version {info.schema_version}",

@@ -18,7 +18,8 @@ def test_info_is_a_table(run, engine):
     table = {name: value.strip() for name, value in lines.items()}
     assert table["images"] == "1,234"
     assert table["vectors"] == "39,488 (32 x 256 an image)"
-    assert table["size on disk"] == "20.5 MB"
+    assert table["size on disk"] == "20.5 MB and image tokens"
+    assert table["rerank"] == "from kept image tokens, int8"
     assert table["model"] == "mini (fingerprint 0123abcd)"
     assert table["search"] == "exact, through 12.0 MB a query"
     assert done.stderr == ""
