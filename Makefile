@@ -47,7 +47,7 @@ bench-coco: dev
 
 # The tables of `mini` in README.md.
 bench: dev
-	$(RECALL) --dataset flickr8k --split val --rerank 32
+	$(RECALL) --dataset flickr8k --split val --rerank 128
 	$(BIN)/python -m blip2_search.benchmarks.tables
 
 clean:

@@ -46,7 +46,7 @@ __all__ = ["Hit", "IndexInfo", "IndexReport", "SearchEngine", "SkippedFile", "Te
 log = logging.getLogger(__name__)
 
 # With `mini` R@1 has reached its height at 8 candidates (the sweep in README.md, docs/rerank-sweep.png),
-# and each costs a query on two processor cores 14 ms, and 72 more where the index keeps no image tokens.
+# and each costs a query on two processor cores 13 ms, and 86 more where the index keeps no image tokens.
 # Published models gain from more: ask for them.
 DEFAULT_RERANK = 10
 _TOLERATED = 0.2  # share of removed rows that a segment may drag along before it is rewritten
