@@ -43,25 +43,22 @@ def print_hits(hits: Iterable[Hit]) -> None:
 
     A score is the ITM logit plus the ITC similarity, or the latter alone without rerank.
     """
-    from rich.text import Text
-
-    table = new_table("#", "path", "score", "ITC", "ITM", right=("#", "score", "ITC", "ITM"))
-    for hit in hits:
-        itm = "-" if hit.itm is None else f"{hit.itm:.3f}"
-        path = Text(printable(short_path(hit.path)), overflow="fold")
-        table.add_row(str(hit.rank), path, f"{hit.score:.3f}", f"{hit.itc:.3f}", itm)
-    print_table(table)
+    _print_ranked("path", ((hit, short_path(hit.path)) for hit in hits))
 
 
 def print_texts(hits: Iterable[TextHit]) -> None:
     """Print a table of texts for people; the scores are those of `print_hits`."""
+    _print_ranked("text", ((hit, hit.text) for hit in hits))
+
+
+def _print_ranked(title: str, rows: Iterable[tuple[Hit | TextHit, str]]) -> None:
     from rich.text import Text
 
-    table = new_table("#", "text", "score", "ITC", "ITM", right=("#", "score", "ITC", "ITM"))
-    for hit in hits:
+    table = new_table("#", title, "score", "ITC", "ITM", right=("#", "score", "ITC", "ITM"))
+    for hit, name in rows:
         itm = "-" if hit.itm is None else f"{hit.itm:.3f}"
-        text = Text(printable(hit.text), overflow="fold")
-        table.add_row(str(hit.rank), text, f"{hit.score:.3f}", f"{hit.itc:.3f}", itm)
+        shown = Text(printable(name), overflow="fold")
+        table.add_row(str(hit.rank), shown, f"{hit.score:.3f}", f"{hit.itc:.3f}", itm)
     print_table(table)
 
 

@@ -37,7 +37,7 @@ _VERSION = "1"  # of how shortcuts are computed: part of the key
 _ENERGY = 0.95  # of the vectors, that the directions must hold
 _STEP = 16  # directions come in multiples of it
 _LARGEST_SHARE = 0.5  # of E; with more directions than this nothing is won
-_SAMPLE = 1 << 15  # vectors from which the directions are found
+SAMPLE = 1 << 15  # vectors from which the directions are found
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def find_directions(
         model: the fingerprint of what made the features.
     """
     dim = features.shape[2]
-    step = -(-len(features) * features.shape[1] // _SAMPLE) or 1
+    step = -(-len(features) * features.shape[1] // SAMPLE) or 1
     sample = np.asarray(features[::step], np.float64).reshape(-1, dim)
     energy, directions = np.linalg.eigh(sample.T @ sample)  # ascending
     if wanted is None:

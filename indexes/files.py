@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import StoreError
 
 HASH_BYTES = 16
 _CHUNK = 1 << 20
@@ -55,3 +59,22 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """Turns what goes wrong when writing to an index into one sentence.
+
+    Raises:
+        StoreError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(directory, error) from error
+
+
+def cannot_write(directory: Path, error: Exception) -> StoreError:
+    """The error for an index that cannot be written to."""
+    reason = getattr(error, "strerror", None) or error
+    return StoreError(f"Cannot write to the index in {directory}: {reason}.")

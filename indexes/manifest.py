@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import StoreCorruptError, StoreError, StoreMissingError, StoreVersionError
-from .files import replace_file
+from .files import replace_file, writing_to
 
 SCHEMA_VERSION = 3
 READABLE = (1, 2, SCHEMA_VERSION)  # what the others lack is added when a segment is written again
@@ -73,6 +73,11 @@ class Settings:
         if self.rerank_features not in RERANK_FEATURES:
             raise ValueError(f"rerank features are one of {', '.join(RERANK_FEATURES)}.")
 
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether every image has its tokens kept."""
+        return self.rerank_features in ("int8", "fp16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -119,10 +124,8 @@ def write_state(directory: Path, state: State) -> None:
     """
     content = dataclasses.asdict(state)
     content["checksum"] = _checksum(content)
-    try:
+    with writing_to(directory):
         replace_file(directory / MANIFEST, json.dumps(content, indent=1).encode())
-    except OSError as error:
-        raise StoreError(f"Cannot write to the index in {directory}: {error.strerror}.") from error
 
 
 def read_state(directory: Path) -> State:

@@ -33,6 +33,7 @@ class Shortcut:
     means: Float32  # (N, d), of each image's vectors along the directions
     bounds: Float32  # (N, Q, d + 1), see `Directions.split`
     longest: float  # the greatest length of a vector
+    written: int | None = None  # the checksum in the file that it was read from
 
 
 def make_shortcut(directions: Directions, features: npt.NDArray[Any]) -> Shortcut:
@@ -68,22 +69,6 @@ def write_shortcut(path: Path, shortcut: Shortcut) -> None:
 
 def read_shortcut(path: Path, images: int, per_image: int, directions: int) -> Shortcut | None:
     """The shortcut in a file, mapped; None where there is none, or not of this shape."""
-    found = _read(path)
-    if found is None or found[0].bounds.size != images * per_image * (directions + 1):
-        return None
-    shortcut = found[0]
-    bounds = shortcut.bounds.reshape(images, per_image, directions + 1)
-    return Shortcut(shortcut.means, bounds, shortcut.longest)
-
-
-def checksum_differs(shortcut: Shortcut, path: Path) -> bool:
-    """Whether a file's shortcut is not what was written, as far as a checksum can tell."""
-    found = _read(path)
-    return found is None or _checksum(shortcut) != found[1]
-
-
-def _read(path: Path) -> tuple[Shortcut, int] | None:
-    """A file's shortcut, its bounds in two dimensions, and its checksum."""
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
             batch = reader.get_batch(0)
@@ -92,10 +77,16 @@ def _read(path: Path) -> tuple[Shortcut, int] | None:
                 batch.column(name).values.to_numpy(zero_copy_only=True).reshape(len(batch), -1)
                 for name in ("means", "bounds")
             )
+            bounds = bounds.reshape(images, per_image, directions + 1)
             longest = float.fromhex(about[b"longest"].decode())
-            return Shortcut(means, bounds, longest), int(about[b"crc32"])
+            return Shortcut(means, bounds, longest, int(about[b"crc32"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
         return None
+
+
+def checksum_differs(shortcut: Shortcut) -> bool:
+    """Whether a shortcut that was read is not what was written, as far as a checksum can tell."""
+    return _checksum(shortcut) != shortcut.written
 
 
 def _column(rows: Float32) -> pa.Array:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from .errors import StoreError, StoreLockedError, StoreVersionError, VectorIndexError
-from .files import HASH_BYTES, TEMPORARY, hash_file, sync_folder
+from .files import HASH_BYTES, TEMPORARY, cannot_write, hash_file, sync_folder, writing_to
 from .manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -135,10 +135,8 @@ class Store:
         if manifest.schema_version != SCHEMA_VERSION:
             raise StoreVersionError(f"This program writes schema version {SCHEMA_VERSION} only.")
         replaceable = replace and (path / _SEGMENTS).is_dir()  # else the manifest is not ours
-        try:
+        with writing_to(path):
             (path / _SEGMENTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
         with _locked(path):
             if (path / MANIFEST).exists() and not replaceable:
                 raise StoreError(f"There is a {MANIFEST} in {path} already.")
@@ -332,7 +330,7 @@ class Store:
         for start in range(0, len(records), SEGMENT_ROWS):
             part = slice(start, start + SEGMENT_ROWS)
             table = make_table(self.manifest, first + start, records[part], kept[part])
-            with self._changing():
+            with writing_to(self._directory):
                 segments.append(write_segment(self._folder, [table]))
         self._commit((*self._state.segments, *segments), first + len(records))
         numbered = enumerate(records, first)
@@ -445,7 +443,7 @@ class Store:
             if damage is None:
                 segments.append(segment)
             elif damage.rows is not None:
-                with self._changing():
+                with writing_to(self._directory):
                     kept = rescue_rows(self._folder, segment, damage.rows)
                     if kept is not None:
                         segments.append(write_segment(self._folder, [kept]))
@@ -463,7 +461,7 @@ class Store:
         for segment in group:
             with self._reading(segment):
                 tables.append(read_rows(self._folder, segment))
-        with self._changing():
+        with writing_to(self._directory):
             return write_segment(self._folder, tables)
 
     def _read_rows(self) -> dict[str, tuple[int, ImageRecord]]:
@@ -511,7 +509,7 @@ class Store:
         self._replace(dataclasses.replace(self._state, next_id=next_id, segments=tuple(segments)))
 
     def _replace(self, state: State) -> None:
-        with self._changing():
+        with writing_to(self._directory):
             sync_folder(self._folder)
             write_state(self._directory, state)
         self._rows = None
@@ -550,14 +548,6 @@ class Store:
                 "read: run the command again."
             ) from error
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Turns what goes wrong when writing into one sentence."""
-        try:
-            yield
-        except OSError as error:
-            raise _cannot_write(self._directory, error) from error
-
 
 def _bury(segment: Segment, rows: set[int]) -> Segment:
     """A segment with some more of its rows dead."""
@@ -588,11 +578,6 @@ def _check_new(records: Sequence[ImageRecord], rows: Container[str]) -> None:
         seen.add(record.path)
 
 
-def _cannot_write(directory: Path, error: Exception) -> StoreError:
-    reason = getattr(error, "strerror", None) or error
-    return StoreError(f"Cannot write to the index in {directory}: {reason}.")
-
-
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Holds the write lock of a folder; a killed process lets go of it by itself."""
@@ -604,7 +589,7 @@ def _locked(directory: Path) -> Iterator[None]:
             f"Another process is writing to the index in {directory}: wait until it is done."
         ) from error
     except (OSError, NotImplementedError) as error:
-        raise _cannot_write(directory, error) from error
+        raise cannot_write(directory, error) from error
     try:
         yield
     finally:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -21,9 +20,9 @@ import numpy as np
 
 from .base import Float32
 from .bounded import BoundedIndex
-from .directions import Directions, find_directions, read_directions, write_directions
-from .errors import StoreCorruptError, StoreError, VectorIndexError
-from .files import TEMPORARY
+from .directions import SAMPLE, Directions, find_directions, read_directions, write_directions
+from .errors import StoreCorruptError, VectorIndexError
+from .files import TEMPORARY, writing_to
 from .joined import Joined
 from .manifest import Segment, Settings
 from .recall import FEWEST, Measured, measure, read_measured, write_measured
@@ -43,7 +42,6 @@ _OURS = re.compile(  # sweeping touches no other name
 )
 _GROWTH = 4  # how many times more images call for new directions
 _NEWCOMERS = 0.5  # the share of images come or gone since that calls for measuring again
-_SAMPLE = 1 << 15  # vectors from which directions are found
 _FEWEST_DIRECTIONS = 8  # of the means; with fewer they say too little
 _WORTHWHILE = 2 * FEWEST  # images; of fewer a compact index would look at most
 
@@ -146,7 +144,7 @@ class StoredIndex:
                 (self._folder / RECALL).unlink(missing_ok=True)
                 _sweep(self._folder, keep=set())
             return
-        with self._writing():
+        with writing_to(self.store.directory):
             self._folder.mkdir(exist_ok=True)
             if directions is None or len(self.store) >= _GROWTH * directions.found_on:
                 directions = self._find()
@@ -169,7 +167,7 @@ class StoredIndex:
         directions = self.directions or self._find()
         affordable = self._affordable(directions)
         measured = measure(self._exact(directions), queries, affordable, self.store.next_id)
-        with self._writing():
+        with writing_to(self.store.directory):
             write_measured(self._folder / RECALL, measured)
         self._forget_what_was_read()
         return measured
@@ -183,7 +181,7 @@ class StoredIndex:
             for segment in self.store.segments:
                 path = self._path(segment, self.directions)
                 shortcut = self._read(path, segment, self.directions)
-                if shortcut is None or checksum_differs(shortcut, path):
+                if shortcut is None or checksum_differs(shortcut):
                     files.append(path)
         reason = "the checksum differs"
         return [
@@ -209,7 +207,7 @@ class StoredIndex:
 
     def _find(self) -> Directions:
         images, manifest = len(self.store), self.store.manifest
-        step = -(-images * manifest.num_vectors // _SAMPLE)
+        step = -(-images * manifest.num_vectors // SAMPLE)
         sample = self._features()[np.arange(0, images, step)]
         if not np.isfinite(sample).all():
             raise StoreCorruptError(
@@ -239,15 +237,6 @@ class StoredIndex:
     def _forget_what_was_read(self) -> None:
         for name in ("directions", "measured"):
             self.__dict__.pop(name, None)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StoreError(
-                f"Cannot write to the index in {self.store.directory}: {error.strerror or error}."
-            ) from error
 
 
 def _sweep(folder: Path, keep: set[Path]) -> None:

@@ -171,9 +171,10 @@ class SearchEngine:
         self._opened = None
         with store.writing():
             kept = TokenFiles(self.path, store.manifest.model_fingerprint)
-            wanted = settings.rerank_features in ("int8", "fp16")
             plan = make_plan(
-                paths, store.records, lambda one: not wanted or one.content_hash in kept
+                paths,
+                store.records,
+                lambda one: not settings.keeps_tokens or one.content_hash in kept,
             )
             expected = plan.unchanged + len(plan.new) + len(plan.changed)
             check_memory(settings, expected, store.manifest.dim)

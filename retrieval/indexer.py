@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..indexes.errors import StoreCorruptError, StoreError
-from ..indexes.files import HASH_BYTES
+from ..indexes.errors import StoreCorruptError
+from ..indexes.files import HASH_BYTES, writing_to
 from ..indexes.manifest import RerankFeatures
 from ..indexes.store import ImageRecord, Store
 from ..indexes.token_files import TokenFiles
@@ -327,8 +327,7 @@ class Indexer:
         return twin is None or twin != item.record.content_hash
 
     def _is_complete(self, record: ImageRecord) -> bool:
-        wanted = self.store.settings.rerank_features in ("int8", "fp16")
-        return not wanted or record.content_hash in self._tokens
+        return not self.store.settings.keeps_tokens or record.content_hash in self._tokens
 
     def _skip(self, file: SkippedFile) -> None:
         self.plan.skipped.append(file)
@@ -360,13 +359,9 @@ class Indexer:
         kind = self.store.settings.rerank_features
         if kind == "none":
             return
-        try:
+        with writing_to(self.store.directory):
             for item, image in zip(batch, tokens.float().cpu().numpy(), strict=True):
                 self._tokens.write(item.record.content_hash, image, kind)
-        except OSError as error:
-            raise StoreError(
-                f"Cannot write to the index in {self.store.directory}: {error.strerror or error}."
-            ) from error
 
     def _commit_in_time(self) -> None:
         late = time.monotonic() - self._last_commit > COMMIT_SECONDS
