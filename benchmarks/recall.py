@@ -24,8 +24,9 @@ from ..indexes.errors import Blip2SearchError
 from ..retrieval.data import read_split
 from ..retrieval.datasets import BENCHMARKS
 from ..retrieval.evaluation import evaluate
-from ..retrieval.loading import DEFAULT_MODEL, load_embedder
+from ..retrieval.loading import load_embedder
 from ..retrieval.model import RetrievalModel
+from ..retrieval.names import DEFAULT_MODEL
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -27,12 +27,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..retrieval.checkpoints import EMBEDDED, load_tokenizer
 from ..retrieval.config import EncoderConfig, ModelConfig, QFormerConfig
-from ..retrieval.loading import DEFAULT_MODEL, pick_device
+from ..retrieval.loading import pick_device
 from ..retrieval.model import Precision, RetrievalModel, autocast
+from ..retrieval.names import DEFAULT_MODEL
 from ..retrieval.optimizer import freeze_unused
+from ..retrieval.own_format import EMBEDDED, load_tokenizer
 from ..retrieval.recipe import TrainConfig
+from ..retrieval.text_batch import TextBatch
 from ..retrieval.trainer import Objectives, attention_kernel
 
 MINI = QFormerConfig(num_layers=6, hidden_size=384, ffn_size=1536, image_token_size=1280)
@@ -76,7 +78,8 @@ def their_step(size: str, batch: int, device: torch.device) -> Step:
     theirs = TransformersStage1(qformer).to(device).train()
     tokens, captions = _inputs(batch, patches, qformer.image_token_size)
     config = ModelConfig(name=size, encoder=EncoderConfig(kind="timm", name="x"), qformer=qformer)
-    text = load_tokenizer(EMBEDDED / DEFAULT_MODEL, config)(captions).padded(TEXT_TOKENS)
+    tokenizer = load_tokenizer(EMBEDDED / DEFAULT_MODEL, config)
+    text = TextBatch.of(tokenizer(captions)).padded(TEXT_TOKENS)
 
     def step() -> Tensor:
         theirs.zero_grad()

@@ -19,8 +19,9 @@ import numpy.typing as npt
 from rich.console import Console
 
 from ..retrieval.data import TEMPLATES, read_labelled
-from ..retrieval.loading import DEFAULT_MODEL, load_model
+from ..retrieval.loading import load_model
 from ..retrieval.model import RetrievalModel
+from ..retrieval.names import DEFAULT_MODEL
 
 HELD_BACK = "held-back"
 

@@ -92,6 +92,7 @@ def index(
         ),
     ] = None,
     device: options.DeviceOption = "auto",
+    backend: options.BackendOption = options.Backend.auto,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Throw the old index away first.")
     ] = False,
@@ -115,7 +116,7 @@ def index(
 
     sources = _read_dashes(paths)
     texts = options.read_texts(queries, "--queries") if queries is not None else []
-    engine = SearchEngine(index, model, device=device)
+    engine = SearchEngine(index, model, device=device, backend=backend.value)
     with encoding_progress() as on_progress:
         report = engine.add(
             sources,

@@ -21,8 +21,8 @@ def models(*, verbose: options.VerboseOption = False) -> None:
       blip2-search models
       blip2-search index ~/Pictures --model blip2-itm-vit-g --index ~/big-index
     """
-    from ..retrieval.checkpoints import EMBEDDED
-    from ..retrieval.loading import DEFAULT_MODEL, SHORT_NAMES
+    from ..retrieval.names import DEFAULT_MODEL, SHORT_NAMES
+    from ..retrieval.own_format import EMBEDDED
 
     rows = [_embedded(DEFAULT_MODEL, EMBEDDED / DEFAULT_MODEL)]
     for short, full in SHORT_NAMES.items():

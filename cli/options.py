@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,14 @@ import typer
 INDEX_VARIABLE = "BLIP2_SEARCH_INDEX"
 
 log = logging.getLogger("blip2_search")
+
+
+class Backend(str, Enum):
+    """What `--backend` takes."""
+
+    auto = "auto"
+    torch = "torch"
+    onnx = "onnx"
 
 
 def default_index() -> Path:
@@ -109,6 +118,15 @@ ModelOption = Annotated[
 DeviceOption = Annotated[
     str,
     typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, ..."),
+]
+BackendOption = Annotated[
+    Backend,
+    typer.Option(
+        "--backend",
+        help="What computes: onnx starts at once and is quicker on processors without a GPU, torch runs "
+        "on GPUs. auto is onnx where there is no GPU and the model has been exported, as mini has; "
+        "any other BLIP-2 is when first used with onnx.",
+    ),
 ]
 VerboseOption = Annotated[
     bool,

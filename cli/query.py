@@ -62,6 +62,7 @@ def query(
         bool, typer.Option("-0", "--null", help="Print paths with a zero byte behind each.")
     ] = False,
     device: options.DeviceOption = "auto",
+    backend: options.BackendOption = options.Backend.auto,
     model: options.ModelOption = None,
     verbose: options.VerboseOption = False,
 ) -> None:
@@ -87,7 +88,7 @@ def query(
 
     from ..retrieval.engine import SearchEngine
 
-    engine = SearchEngine(index, model, device=device)
+    engine = SearchEngine(index, model, device=device, backend=backend.value)
     if texts is not None and image is not None:
         found = engine.rank_texts(image, options.read_texts(texts, "--texts"), k, rerank)
         (render.print_json if as_json else render.print_texts)(found)

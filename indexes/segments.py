@@ -163,7 +163,7 @@ def read_records_at(folder: Path, segment: Segment, rows: Sequence[int]) -> list
         ValueError: the file is damaged.
         OSError: it cannot be read.
     """
-    return _records_in(_read_records(folder, segment).take(pa.array(rows, pa.int64())))
+    return _records_in(_read_records(folder, segment), rows)
 
 
 def read_rows(folder: Path, segment: Segment) -> pa.Table:
@@ -288,12 +288,15 @@ def _open(folder: Path, segment: Segment) -> pa.Buffer:
         return file.read_buffer()
 
 
-def _records_in(table: pa.Table) -> list[ImageRecord]:
+def _records_in(table: pa.Table, rows: Sequence[int] | None = None) -> list[ImageRecord]:
     names = [field.name for field in dataclasses.fields(ImageRecord)]
-    columns = {name: table.column(name).to_pylist() for name in names}
+    if rows is None:
+        columns = {name: table.column(name).to_pylist() for name in names}
+    else:  # not `take`: it loads pyarrow.compute, which a query would wait for
+        columns = {name: [table.column(name)[row].as_py() for row in rows] for name in names}
     columns["path"] = [os.fsdecode(path) for path in columns["path"]]
-    rows = zip(*columns.values(), strict=True)
-    return [ImageRecord(**dict(zip(names, row, strict=True))) for row in rows]
+    values = zip(*columns.values(), strict=True)
+    return [ImageRecord(**dict(zip(names, row, strict=True))) for row in values]
 
 
 def _read_records(folder: Path, segment: Segment) -> pa.Table:
@@ -302,9 +305,9 @@ def _read_records(folder: Path, segment: Segment) -> pa.Table:
     start, end = segment.features_start, segment.features_end
     if _records_crc32(content, start, end) != segment.records_crc32:
         raise ValueError("the checksum of the records differs")
-    stored = pq.read_schema(pa.BufferReader(content)).names
-    columns = [name for name in stored if name not in (CHECKSUM, FEATURES)]
-    return pq.read_table(pa.BufferReader(content), columns=columns, use_threads=False)
+    file = pq.ParquetFile(pa.BufferReader(content))  # not `read_table`: it loads pyarrow.dataset
+    columns = [name for name in file.schema_arrow.names if name not in (CHECKSUM, FEATURES)]
+    return file.read(columns, use_threads=False)
 
 
 def _read(folder: Path, segment: Segment, columns: list[str] | None) -> pa.Table:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
+from ..indexes.base import Float32
 from .embedder import PixelTransform
 from .recipe import DataConfig
 
@@ -58,7 +58,7 @@ def crop_to_pixels(
     transform: PixelTransform,
     config: DataConfig,
     generator: np.random.Generator,
-) -> Tensor:
+) -> Float32:
     """Augment an image, if wanted, and return its pixels (3, S, S)."""
     if not config.augment:
         return transform.to_pixels(image)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..indexes.base import Float32
 from .augment import crop_to_pixels
 from .data import CaptionedImage
 from .distributed import World
@@ -148,7 +149,7 @@ def _draw_caption(image: CaptionedImage, generator: np.random.Generator) -> str:
 class Drawn(NamedTuple):
     """One image and caption, as a worker draws them."""
 
-    pixels: Tensor
+    pixels: Float32  # (3, S, S)
     caption: str
     group: int
     skipped: list[str]
@@ -205,7 +206,7 @@ def _collate(items: Sequence[Drawn | DatasetError]) -> Batch | DatasetError:
         if isinstance(item, DatasetError):
             return item
     return Batch(
-        torch.stack([one.pixels for one in drawn]),
+        torch.from_numpy(np.stack([one.pixels for one in drawn])),
         [one.caption for one in drawn],
         torch.tensor([one.group for one in drawn]),
         [reason for one in drawn for reason in one.skipped],

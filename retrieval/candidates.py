@@ -12,21 +12,22 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from PIL import Image
-from torch import Tensor
 
 from ..indexes.base import Float32, search_any
 from ..indexes.bounded import index_in_memory
 from ..indexes.segments import ImageRecord
 from ..indexes.token_files import TokenFiles
-from .embedder import Embedder
+from .embedder import Embedder, Reranker, as_reranker
 from .errors import ImageReadError
-from .model import RetrievalModel, with_itm_head
 
 log = logging.getLogger(__name__)
+
+_BATCH = 32  # images encoded at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,8 @@ def hits_by_itc(images: Sequence[ImageRecord], itc: Float32) -> list[Hit]:
     ]
 
 
-@torch.inference_mode()
 def reranked(
-    model: RetrievalModel,
+    model: Reranker,
     kept: TokenFiles,
     text: str,
     images: Sequence[ImageRecord],
@@ -81,8 +81,7 @@ def reranked(
     rows = sorted(tokens)
     if not rows:
         return []
-    stacked = torch.stack([tokens[row].to(model.device, model.dtype) for row in rows])
-    itm = model.match(model.normalise_tokens(stacked), [text] * len(rows))
+    itm = model.match(np.stack([tokens[row] for row in rows]), [text] * len(rows))
     scores = itm + itc[rows]
     order = np.argsort(-scores, kind="stable")
     return [
@@ -114,11 +113,11 @@ def rank_texts(
         CheckpointError: a rerank was asked of a dual encoder.
     """
     index = index_in_memory(model.encode_texts(list(texts))[:, None])  # a vector a text
-    itc, found = search_any(index, model.encode_images([image])[0], max(k, depth))
+    tokens, features = model.encode(model.image_transform(image)[None], keep_tokens=depth > 0)
+    itc, found = search_any(index, features[0], max(k, depth))
     itm, scores = None, itc
-    if depth:
-        reranker = with_itm_head(model)
-        itm = reranker.match(reranker.image_tokens([image]), [texts[i] for i in found])
+    if depth and tokens is not None:
+        itm = as_reranker(model).match(tokens, [texts[i] for i in found])
         scores = itc + itm
     order = np.argsort(-scores, kind="stable")[:k]
     return [
@@ -139,15 +138,15 @@ def decoding_threads() -> int:
 
 
 def _encoder_tokens(
-    model: RetrievalModel, kept: TokenFiles, images: Sequence[ImageRecord]
-) -> dict[int, Tensor]:
+    model: Reranker, kept: TokenFiles, images: Sequence[ImageRecord]
+) -> dict[int, npt.NDArray[Any]]:
     """Return the encoder's tokens (P, D), by the images' places, of those that have any."""
 
-    def look_at(image: ImageRecord) -> tuple[Tensor | None, Tensor | None]:
+    def look_at(image: ImageRecord) -> tuple[Float32 | None, Float32 | None]:
         """Return its tokens where they are kept, else its pixels."""
         found = kept.read(image.content_hash)
         if found is not None:
-            return torch.from_numpy(found), None
+            return found, None
         try:
             return None, model.image_transform(image.path)
         except ImageReadError as error:
@@ -156,10 +155,13 @@ def _encoder_tokens(
 
     with ThreadPoolExecutor(decoding_threads()) as pool:  # Pillow lets go of the interpreter's lock
         seen = list(pool.map(look_at, images))
+    tokens: dict[int, npt.NDArray[Any]]
     tokens = {row: found for row, (found, _) in enumerate(seen) if found is not None}
-    pixels = {row: found for row, (_, found) in enumerate(seen) if found is not None}
-    if pixels:
-        parts = torch.split(torch.stack(list(pixels.values())), 32)
-        encoded = torch.cat([model.encode_pixels(part) for part in parts])
-        tokens |= zip(pixels, encoded, strict=True)
+    rows = [row for row, (_, found) in enumerate(seen) if found is not None]
+    for start in range(0, len(rows), _BATCH):
+        some = rows[start : start + _BATCH]
+        pixels = [found for row in some if (found := seen[row][1]) is not None]
+        encoded = model.encode(np.stack(pixels)).tokens
+        if encoded is not None:
+            tokens |= zip(some, encoded, strict=True)
     return tokens

@@ -14,18 +14,9 @@ import torch
 from torch import Tensor
 
 from ..indexes.files import replace_file
-from .config import ModelConfig
 from .errors import CheckpointError
 from .model import RetrievalModel
-from .preprocess import TextTransform
-
-EMBEDDED = Path(__file__).parent / "models"
-
-
-def is_own_format(path: Path) -> bool:
-    """Tell our `config.json` from transformers' (which names an architecture)."""
-    config = read_json(path / "config.json")
-    return "qformer" in config and "architectures" not in config
+from .own_format import WEIGHTS, load_tokenizer, read_config
 
 
 def load_own(path: Path) -> RetrievalModel:
@@ -37,10 +28,10 @@ def load_own(path: Path) -> RetrievalModel:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    config = read_config(path)
     try:
-        config = ModelConfig.from_dict(read_json(path / "config.json"))
-        tensors = load_file(path / "model.safetensors")
-    except (ValueError, OSError, SafetensorError) as error:
+        tensors = load_file(path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     model = RetrievalModel(config, load_tokenizer(path, config))
     load_tensors(model, tensors, str(path))
@@ -70,7 +61,7 @@ def save_model(
     }
     tokenizer = model.text_transform.tokenizer.to_str()
     config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    replace_file(folder / "model.safetensors", save(tensors))
+    replace_file(folder / WEIGHTS, save(tensors))
     replace_file(folder / "tokenizer.json", tokenizer.encode())
     replace_file(folder / "config.json", config.encode())
 
@@ -110,35 +101,3 @@ def load_tensors(
             raise CheckpointError(f"{source} does not fit: {complaint} {', '.join(keys[:5])}{more}")
     model.load_state_dict({names.get(k, k): tensor for k, tensor in tensors.items()}, strict=False)
     model.refresh_fingerprint()
-
-
-def load_tokenizer(path: Path, config: ModelConfig) -> TextTransform:
-    """Read `tokenizer.json` of a checkpoint folder.
-
-    Raises:
-        CheckpointError: it is missing or broken.
-    """
-    file = path / "tokenizer.json"
-    if not file.exists():
-        raise CheckpointError(f"{path} has no tokenizer.json")
-    try:
-        return TextTransform.from_file(file, config.preprocess)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{file}: {error}") from error
-
-
-def read_json(file: Path) -> dict[str, object]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, no JSON, or no object.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} holds no JSON object")
-    return data

@@ -89,6 +89,16 @@ class PreprocessConfig:
         if self.image_size < 1 or self.max_text_tokens < 2:
             raise ValueError("image_size must be positive and max_text_tokens at least 2")
 
+    @property
+    def in_words(self) -> dict[str, Any]:
+        """How images become pixels, in words and numbers that JSON can hold."""
+        return {
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "resize": "squash, bicubic",
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

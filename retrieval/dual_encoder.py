@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..indexes.base import Float32
-from .embedder import fingerprint
-from .errors import CheckpointError
+from .embedder import EncodedImages
+from .errors import CheckpointError, DeviceMemoryError
+from .fingerprint import fingerprint
+from .names import OPEN_CLIP
 from .preprocess import ImageLike, load_image
 
-PREFIX = "open_clip:"
 _WHOLE = ("local-dir:", "hf-hub:")  # open_clip's names of a model together with its weights
 
 
@@ -33,11 +34,11 @@ class _Transform:
         self._compose = compose
         self.size = (side, side)
 
-    def __call__(self, image: ImageLike) -> Tensor:
+    def __call__(self, image: ImageLike) -> Float32:
         return self.to_pixels(load_image(image))
 
-    def to_pixels(self, image: Image.Image) -> Tensor:
-        pixels: Tensor = self._compose(image)
+    def to_pixels(self, image: Image.Image) -> Float32:
+        pixels: Float32 = self._compose(image).numpy()
         return pixels
 
 
@@ -45,6 +46,7 @@ class DualEncoder(nn.Module):
     """An open_clip model as an `Embedder`, with Q = 1."""
 
     num_vectors = 1
+    reranks = False
 
     def __init__(self, name: str) -> None:
         """Load a model, in float32 on the CPU.
@@ -76,7 +78,7 @@ class DualEncoder(nn.Module):
             "std": list(settings["std"]),
             "resize": f"{settings['resize_mode']}, {settings['interpolation']}",
         }
-        self.name = PREFIX + architecture + (f"/{weights}" if weights else "")
+        self.name = OPEN_CLIP + architecture + (f"/{weights}" if weights else "")
         self.eval()
         self.embedding_size = self.encode_texts(["a photo"]).shape[1]
         self.fingerprint = fingerprint(repr(self.preprocessing), self.clip.state_dict())
@@ -117,8 +119,23 @@ class DualEncoder(nn.Module):
         found = [np.empty((0, 1, self.embedding_size), np.float32)]
         for start in range(0, len(images), batch_size):
             pixels = [self.image_transform(image) for image in images[start : start + batch_size]]
-            found.append(self.encode_pixels(torch.stack(pixels)).cpu().numpy())
+            found.append(self.encode(np.stack(pixels), keep_tokens=False).features)
         return np.concatenate(found)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Float32, *, keep_tokens: bool = True) -> EncodedImages:
+        """Return the vectors of pixels (N, 3, S, S): (N, 1, E); the encoder's one token is the vector.
+
+        Raises:
+            DeviceMemoryError: so many images do not fit into the GPU's memory.
+        """
+        try:
+            features = self.encode_pixels(torch.from_numpy(pixels)).cpu().numpy()
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"{len(pixels)} images do not fit into the GPU's memory"
+            ) from error
+        return EncodedImages(features if keep_tokens else None, features)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float32:
@@ -140,7 +157,7 @@ def _split(name: str) -> tuple[str, str]:
     >>> _split("open_clip:ViT-L-14/openai"), _split("open_clip:ViT-B-32/runs/clip.pt")[1]
     (('ViT-L-14', 'openai'), 'runs/clip.pt')
     """
-    rest = name.removeprefix(PREFIX)
+    rest = name.removeprefix(OPEN_CLIP)
     if rest.startswith(_WHOLE):
         scheme, place = rest.split(":", 1)
         return f"{scheme}:{os.path.abspath(place) if scheme == 'local-dir' else place}", ""
@@ -154,7 +171,7 @@ def _create(open_clip: Any, architecture: str, weights: str) -> Any:
     if not whole and not weights:
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         known = f"one of {', '.join(tags)}" if tags else "see open_clip.list_pretrained()"
-        raise CheckpointError(f"name its weights, as {PREFIX}{architecture}/WEIGHTS: {known}")
+        raise CheckpointError(f"name its weights, as {OPEN_CLIP}{architecture}/WEIGHTS: {known}")
     tag = {} if whole else open_clip.get_pretrained_cfg(architecture, weights) or {}
     pixels = {} if whole or tag else _usual_pixels(open_clip, architecture)
     with warnings.catch_warnings():

@@ -1,24 +1,38 @@
 """What the index, the engine and the evaluation need of a model: images and texts to vectors.
 
 BLIP-2's retrieval model gives 32 vectors an image, a dual encoder such as CLIP gives one; whoever
-takes an `Embedder` asks it how many. Only a `RetrievalModel` can rerank.
+takes an `Embedder` asks it how many. Only a `Reranker` has an ITM head.
 
 Images go through in two steps, the encoder, whose tokens can be kept (`feature_cache.py`), and what
-makes vectors of the tokens.
+makes vectors of the tokens. Searching and indexing know numpy arrays only, so that a model may run
+without PyTorch (`onnx_model.py`); what the evaluation asks for besides is a `TensorEmbedder`.
+
+N images, Q vectors an image, E numbers a vector, P image tokens, D numbers a token, S pixels a side.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
-from torch import Tensor
 
 from ..indexes.base import Float32
+from .errors import CheckpointError
 from .preprocess import ImageLike
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class EncodedImages(NamedTuple):
+    """What a model makes of images."""
+
+    tokens: npt.NDArray[Any] | None  # (N, P, D), the encoder's, any float type
+    features: Float32  # (N, Q, E), each vector of length 1
 
 
 class PixelTransform(Protocol):
@@ -28,39 +42,29 @@ class PixelTransform(Protocol):
     def size(self) -> tuple[int, int]:
         """Width and height, S and S."""
 
-    def __call__(self, image: ImageLike) -> Tensor:
-        """Return pixels (3, S, S), float32.
+    def __call__(self, image: ImageLike) -> Float32:
+        """Return pixels (3, S, S).
 
         Raises:
             ImageReadError: see `preprocess.load_image`.
         """
 
-    def to_pixels(self, image: Image.Image) -> Tensor:
-        """Return pixels (3, S, S), float32, of an image that `load_image` gave."""
+    def to_pixels(self, image: Image.Image) -> Float32:
+        """Return pixels (3, S, S) of an image that `load_image` gave."""
 
 
 class Embedder(Protocol):
     """A model that gives Q vectors an image and one a text, all of length 1."""
+
+    reranks: bool  # it is a `Reranker`
 
     @property
     def name(self) -> str:
         """What to load again, such as "mini"."""
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weights' type of number."""
-
-    @property
     def fingerprint(self) -> str:
         """16 hex digits that tell this model's vectors from another's."""
-
-    @property
-    def encoder_fingerprint(self) -> str:
-        """16 hex digits that tell this encoder's tokens from another's."""
 
     @property
     def num_vectors(self) -> int:
@@ -78,11 +82,12 @@ class Embedder(Protocol):
     def image_transform(self) -> PixelTransform:
         """From images to pixels."""
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Return the encoder's tokens of pixels (N, 3, S, S): (N, P, D), on the model's device."""
+    def encode(self, pixels: Float32, *, keep_tokens: bool = True) -> EncodedImages:
+        """Return the vectors of pixels (N, 3, S, S), and the encoder's tokens where they are kept.
 
-    def features_from_encoder(self, tokens: Tensor) -> Tensor:
-        """Return the vectors of the encoder's tokens (N, P, D): (N, Q, E), float32."""
+        Raises:
+            DeviceMemoryError: so many images do not fit into the GPU's memory.
+        """
 
     def encode_images(self, images: Sequence[ImageLike], batch_size: int = ...) -> Float32:
         """Return the vectors of images: (N, Q, E).
@@ -95,17 +100,52 @@ class Embedder(Protocol):
         """Return the vectors of captions: (B, E)."""
 
 
-def fingerprint(
-    description: str, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> str:
-    """Return 16 hex digits of a description and a sample of every tensor, rounded to a dtype.
+class Reranker(Embedder, Protocol):
+    """An embedder with an ITM head."""
 
-    It is the same on every device that a model is moved to afterwards.
+    def match(
+        self, image_tokens: npt.NDArray[Any], texts: Sequence[str], batch_size: int = ...
+    ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        """Return the ITM logit "these match" of pairs: (B,); raw, no softmax.
+
+        Args:
+            image_tokens: (B, P, D), of `encode`; (1, P, D) pairs one image with all texts.
+            texts: B captions; the i-th is scored against the i-th image.
+            batch_size: pairs a pass.
+
+        Raises:
+            ValueError: the two are not equally many.
+        """
+
+
+class TensorEmbedder(Embedder, Protocol):
+    """An embedder of PyTorch, whose two steps can be taken apart."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type of number."""
+
+    @property
+    def encoder_fingerprint(self) -> str:
+        """16 hex digits that tell this encoder's tokens from another's."""
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the encoder's tokens of pixels (N, 3, S, S): (N, P, D), on the model's device."""
+
+    def features_from_encoder(self, tokens: Tensor) -> Tensor:
+        """Return the vectors of the encoder's tokens (N, P, D): (N, Q, E), float32."""
+
+
+def as_reranker(model: Embedder) -> Reranker:
+    """Return the model, if it can rerank.
+
+    Raises:
+        CheckpointError: it is a dual encoder.
     """
-    digest = hashlib.blake2b(description.encode(), digest_size=8)
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().flatten()
-        step = max(1, flat.numel() // 256)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(flat[::step].to(dtype).float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    if not model.reranks:
+        raise CheckpointError(f"{model.name} is a dual encoder without an ITM head: rerank 0")
+    return cast(Reranker, model)

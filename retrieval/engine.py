@@ -32,12 +32,12 @@ from ..indexes.recall import Measured
 from ..indexes.store import SCHEMA_VERSION, Damage, ImageRecord, Manifest, Store
 from ..indexes.stored import StoredIndex, check_memory
 from ..indexes.token_files import TokenFiles
+from .backends import Backend, open_embedder
 from .candidates import Hit, TextHit, decoding_threads, hits_by_itc, rank_texts, reranked
-from .embedder import Embedder
+from .embedder import Embedder, as_reranker
 from .errors import CheckpointError
 from .indexer import Indexer, IndexReport, Plan, SkippedFile, check_roots, make_plan
-from .loading import DEFAULT_MODEL, load_embedder
-from .model import RetrievalModel, with_itm_head
+from .names import DEFAULT_MODEL
 from .progress import OnProgress
 from .prompts import PROMPTS
 
@@ -102,6 +102,7 @@ class SearchEngine:
         model: str | Embedder | None = None,
         *,
         device: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         """Name an index; nothing is read or loaded before it is needed.
 
@@ -110,9 +111,11 @@ class SearchEngine:
             model: a model or what `load_embedder` takes. None is the model that made the index, and
                 `mini` for a new one.
             device: where to load the model.
+            backend: what computes; see `open_embedder`.
         """
         self.path = Path(index_path)
         self.device = device
+        self.backend = backend
         self._given = model is not None
         self._asked = model if isinstance(model, str) else None
         self._model = None if isinstance(model, str) else model
@@ -324,7 +327,7 @@ class SearchEngine:
         if not depth:
             return hits_by_itc(images, itc)
         kept = TokenFiles(self.path, model.fingerprint)
-        return reranked(with_itm_head(model), kept, str(query), images, itc)[:k]
+        return reranked(as_reranker(model), kept, str(query), images, itc)[:k]
 
     def _nearest(self, vectors: Float32, count: int) -> tuple[list[ImageRecord], Float32]:
         """Find the images nearest to any of some vectors (M, E), and their similarities (count,)."""
@@ -484,7 +487,9 @@ class SearchEngine:
 
     def _loaded(self, default: str) -> Embedder:
         if self._model is None:
-            self._model = load_embedder(self._asked or default, device=self.device)
+            self._model = open_embedder(
+                self._asked or default, device=self.device, backend=self.backend
+            )
         return self._model
 
 
@@ -499,7 +504,7 @@ def _rerank_depth(model: Embedder, rerank: int | None) -> int:
     """Return how many candidates are reranked, where None leaves it to us."""
     if rerank is not None:
         return rerank
-    return DEFAULT_RERANK if isinstance(model, RetrievalModel) else 0
+    return DEFAULT_RERANK if model.reranks else 0
 
 
 def _tidy(store: Store, tolerated: float) -> None:

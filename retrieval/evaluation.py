@@ -19,7 +19,7 @@ import torch
 
 from ..indexes.base import Float16, Float32, Int64
 from .data import CaptionedImage, captions_and_owners
-from .embedder import Embedder
+from .embedder import TensorEmbedder
 from .engine import SearchEngine
 from .errors import DatasetError, DeviceMemoryError
 from .feature_cache import cached_features, plain_tokens
@@ -58,7 +58,7 @@ class _Clock:
 
 
 def evaluate(
-    model: Embedder,
+    model: TensorEmbedder,
     dataset: Sequence[CaptionedImage],
     *,
     rerank: int | None = None,
@@ -134,7 +134,7 @@ class _AsKept(Sequence[Float16]):
 class _Evaluation:
     """One evaluation; the fields are `evaluate`'s arguments, made definite."""
 
-    model: Embedder
+    model: TensorEmbedder
     rerank: int
     sweep: Sequence[int]
     depth: int

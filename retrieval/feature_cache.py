@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from ..indexes.base import Float32
 from .augment import crop_to_pixels
-from .embedder import Embedder, PixelTransform
+from .embedder import PixelTransform, TensorEmbedder
 from .errors import DatasetError, ImageReadError, TokenOverflowError
 from .model import Precision, autocast
 from .preprocess import load_image
@@ -52,7 +52,7 @@ class TokenCache:
 
 
 def encoder_tokens(
-    model: Embedder,
+    model: TensorEmbedder,
     paths: Sequence[Path],
     directory: Path,
     data: DataConfig,
@@ -102,7 +102,7 @@ def encoder_tokens(
 
 @contextmanager
 def plain_tokens(
-    model: Embedder,
+    model: TensorEmbedder,
     paths: Sequence[Path],
     directory: Path | None,
     precision: Precision = "fp32",
@@ -135,7 +135,7 @@ def plain_tokens(
 
 @torch.inference_mode()
 def cached_features(
-    model: Embedder, tokens: Sequence[npt.NDArray[np.float16]], batch_size: int = 64
+    model: TensorEmbedder, tokens: Sequence[npt.NDArray[np.float16]], batch_size: int = 64
 ) -> npt.NDArray[np.float32]:
     """Return the vectors (N, Q, E), float32, of N images' tokens, each (P, D)."""
     parts = []
@@ -145,7 +145,7 @@ def cached_features(
     return np.concatenate(parts)
 
 
-def _cache_key(model: Embedder, paths: Sequence[Path], settings: str) -> str:
+def _cache_key(model: TensorEmbedder, paths: Sequence[Path], settings: str) -> str:
     digest = hashlib.blake2b(f"{settings} {model.encoder_fingerprint}".encode(), digest_size=12)
     for path in paths:
         digest.update(f"{os.path.abspath(path)}\0".encode())
@@ -164,7 +164,7 @@ class _Views:
     views: int
     seed: int
 
-    def __call__(self, row: int, path: Path) -> Tensor | ImageReadError:
+    def __call__(self, row: int, path: Path) -> Float32 | ImageReadError:
         """Return the pixels of all views of an image: (V, 3, S, S)."""
         try:
             image = load_image(path)
@@ -175,11 +175,11 @@ class _Views:
             crop_to_pixels(image, self.transform, self.data, generator)
             for _ in range(self.views - 1)
         ]
-        return torch.stack([self.transform.to_pixels(image), *crops])
+        return np.stack([self.transform.to_pixels(image), *crops])
 
 
 def _fill(
-    model: Embedder,
+    model: TensorEmbedder,
     paths: Sequence[Path],
     chunk: range,
     file: Path,
@@ -189,7 +189,7 @@ def _fill(
     import pyarrow as pa
 
     side = model.preprocessing["image_size"]
-    patches, channels = _encode(model, torch.zeros(1, 3, side, side)).shape[1:]
+    patches, channels = _encode(model, np.zeros((1, 3, side, side), np.float32)).shape[1:]
     size = views.views * patches * channels
     row_type = pa.list_(pa.float16(), size)
     schema = pa.schema(
@@ -204,10 +204,10 @@ def _fill(
         for rows in _batches(len(chunk), max(1, IMAGES_A_BATCH // views.views)):
             batch = chunk[rows.start : rows.stop]
             pixels = list(pool.map(views, batch, [paths[row] for row in batch]))
-            good = {i: image for i, image in enumerate(pixels) if isinstance(image, Tensor)}
+            good = {i: image for i, image in enumerate(pixels) if isinstance(image, np.ndarray)}
             tokens = np.zeros((len(batch), size), np.float16)
             if good:
-                encoded = _encode(model, torch.cat(list(good.values())))
+                encoded = _encode(model, np.concatenate(list(good.values())))
                 tokens[list(good)] = encoded.reshape(len(good), size)
             errors = [str(image) if isinstance(image, ImageReadError) else None for image in pixels]
             column = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), type=row_type)
@@ -235,8 +235,8 @@ def _read(file: Path, first: int, cache: TokenCache) -> None:
             first += batch.num_rows
 
 
-def _encode(model: Embedder, pixels: Tensor) -> npt.NDArray[np.float16]:
-    tokens = model.encode_pixels(pixels).to("cpu", torch.float16)
+def _encode(model: TensorEmbedder, pixels: Float32) -> npt.NDArray[np.float16]:
+    tokens = model.encode_pixels(torch.from_numpy(pixels)).to("cpu", torch.float16)
     if not tokens.isfinite().all():
         raise TokenOverflowError(
             "the encoder's tokens do not fit into float16 (training does without: data.views=0)"

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from .checkpoints import load_tensors, read_json
+from .checkpoints import load_tensors
 from .config import EncoderConfig, ModelConfig, PreprocessConfig, QFormerConfig
 from .errors import CheckpointError
 from .model import RetrievalModel
+from .own_format import read_json
 from .preprocess import TextTransform
 
 if TYPE_CHECKING:

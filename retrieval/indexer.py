@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import time
 from collections import deque
@@ -18,12 +19,12 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePath
 from stat import S_ISREG
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
+from ..indexes.base import Float32
 from ..indexes.errors import StoreCorruptError
 from ..indexes.files import HASH_BYTES, writing_to
 from ..indexes.manifest import RerankFeatures
@@ -31,9 +32,10 @@ from ..indexes.store import ImageRecord, Store
 from ..indexes.token_files import TokenFiles
 from .embedder import Embedder, PixelTransform
 from .errors import DeviceMemoryError, ImageReadError
-from .model import RetrievalModel
 from .preprocess import load_image
 from .progress import OnProgress
+
+log = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -165,7 +167,7 @@ def _is_under(path: str, roots: Mapping[str, None]) -> bool:
 
 class _Decoded(NamedTuple):
     record: ImageRecord
-    pixels: Tensor  # (3, S, S)
+    pixels: Float32  # (3, S, S)
 
 
 class _Known(NamedTuple):
@@ -263,6 +265,7 @@ class Indexer:
         self._features: list[np.ndarray[tuple[int, ...], np.dtype[np.float16]]] = []
         self._stale: list[str] = []
         self._last_commit = time.monotonic()
+        self._batch_size = 1  # images a pass; `run` is told
 
     def report(self, seconds: float, finished: bool) -> IndexReport:
         """Say what was done, in so many seconds; `finished` is what `run` returned."""
@@ -289,7 +292,8 @@ class Indexer:
         todo = self.plan.new + self.plan.changed
         try:
             if model is not None and todo:
-                self._encode_all(model, todo, batch_size, workers)
+                self._batch_size = batch_size
+                self._encode_all(model, todo, workers)
         except KeyboardInterrupt:
             return False
         finally:
@@ -298,12 +302,10 @@ class Indexer:
         self.removed = self.store.remove(self.plan.vanished)
         return True
 
-    def _encode_all(
-        self, model: Embedder, todo: Sequence[str], batch_size: int, workers: int
-    ) -> None:
+    def _encode_all(self, model: Embedder, todo: Sequence[str], workers: int) -> None:
         batch: list[_Decoded] = []
-        transform = model.image_transform
-        stream = _decode_ahead(todo, transform, self._known, workers, batch_size + 2 * workers)
+        transform, ahead = model.image_transform, self._batch_size + 2 * workers
+        stream = _decode_ahead(todo, transform, self._known, workers, ahead)
         with closing(stream):
             for done, item in enumerate(stream, start=1):
                 if isinstance(item, _Known) and self._is_outdated(item):
@@ -315,7 +317,7 @@ class Indexer:
                     self._commit_in_time()
                 else:
                     batch.append(item)
-                if len(batch) == batch_size or (done == len(todo) and batch):
+                if len(batch) >= self._batch_size or (done == len(todo) and batch):
                     self._encode(model, batch)
                     batch = []
                 if self.on_progress is not None:
@@ -334,25 +336,34 @@ class Indexer:
         if file.path in self._old:
             self._stale.append(file.path)  # what the index knew of it is true no more
 
-    @torch.inference_mode()
     def _encode(self, model: Embedder, batch: Sequence[_Decoded]) -> None:
-        pixels = torch.stack([item.pixels for item in batch])
+        """Encode images; where they do not fit into the GPU's memory together, half of them at once."""
+        keep = self.store.settings.rerank_features != "none"
         try:
-            tokens = model.encode_pixels(pixels)
-            features = model.features_from_encoder(tokens)
-        except torch.cuda.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"{len(batch)} images do not fit into the GPU's memory: try a smaller --batch-size, "
-                "or --device cpu; what was encoded is kept"
-            ) from error
-        self._keep_tokens(model, batch, tokens)
-        self._features.append(features.to("cpu", torch.float16).numpy())
+            pixels = np.stack([item.pixels for item in batch])
+            tokens, features = model.encode(pixels, keep_tokens=keep)
+        except DeviceMemoryError as error:
+            if len(batch) == 1:
+                raise DeviceMemoryError(
+                    "an image does not fit into the GPU's memory: try --device cpu; what was "
+                    "encoded is kept"
+                ) from error
+            self._batch_size = len(batch) // 2
+            log.warning("%s: going on with %d at once", error, self._batch_size)
+            self._encode(model, batch[: self._batch_size])
+            self._encode(model, batch[len(batch) // 2 :])
+            return
+        if tokens is not None:
+            self._keep_tokens(model, batch, tokens)
+        self._features.append(features.astype(np.float16))
         self._records.extend(item.record for item in batch)
         self._commit_in_time()
 
-    def _keep_tokens(self, model: Embedder, batch: Sequence[_Decoded], tokens: Tensor) -> None:
+    def _keep_tokens(
+        self, model: Embedder, batch: Sequence[_Decoded], tokens: npt.NDArray[Any]
+    ) -> None:
         if self.store.settings.rerank_features == "auto":
-            few = isinstance(model, RetrievalModel) and tokens[0].numel() <= KEPT_BYTES
+            few = model.reranks and tokens[0].size <= KEPT_BYTES
             # An index that has images without them would have to encode those again.
             kind: RerankFeatures = "int8" if few and not len(self.store) else "none"
             self.store.change_settings(replace(self.store.settings, rerank_features=kind))
@@ -360,7 +371,7 @@ class Indexer:
         if kind == "none":
             return
         with writing_to(self.store.directory):
-            for item, image in zip(batch, tokens.float().cpu().numpy(), strict=True):
+            for item, image in zip(batch, tokens, strict=True):
                 self._tokens.write(item.record.content_hash, image, kind)
 
     def _commit_in_time(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..indexes.base import Float32, Int64
 from ..indexes.files import replace_file
-from .embedder import Embedder
+from .embedder import TensorEmbedder
 
 log = logging.getLogger(__name__)
 _SECONDS_A_FILE = 30.0  # what a kill may lose
@@ -88,7 +88,7 @@ class ItmCache:
         self._new, self._written = [], time.monotonic()
 
 
-def itm_cache_name(model: Embedder, captions: Sequence[str], settings: str) -> str:
+def itm_cache_name(model: TensorEmbedder, captions: Sequence[str], settings: str) -> str:
     """Return the name of the folder for these captions: logits hang on the whole model."""
     digest = hashlib.blake2b(f"{settings} {model.fingerprint}".encode(), digest_size=12)
     for caption in captions:

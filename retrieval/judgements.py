@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from .data import CAPTION_COLUMNS, PATH_COLUMNS, RATING, read_columns
-from .embedder import Embedder
+from .embedder import TensorEmbedder
 from .errors import DatasetError
 from .feature_cache import cached_features, plain_tokens
 from .model import RetrievalModel, itc_similarities
@@ -88,7 +88,7 @@ def read_judgements(file: Path, images: Path, captions: Path | None = None) -> l
 
 
 def judge(
-    model: Embedder,
+    model: TensorEmbedder,
     judgements: Sequence[Judgement],
     *,
     memory: int = MEMORY,

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoints import EMBEDDED, load_tensors, load_tokenizer
+from .checkpoints import load_tensors
 from .config import EncoderConfig, ModelConfig, PreprocessConfig, QFormerConfig
 from .errors import CheckpointError
 from .hub import first_line, only_tensors, qformer_names, read_pickle, weights_and_biases
 from .model import RetrievalModel
+from .own_format import EMBEDDED, load_tokenizer
 from .preprocess import TextTransform
 
 # The encoders that LAVIS freezes, by the size of their image tokens. OpenAI's CLIP was trained with

@@ -12,19 +12,14 @@ from pathlib import Path
 
 import torch
 
-from .checkpoints import EMBEDDED, is_own_format, load_own
-from .dual_encoder import PREFIX, DualEncoder
+from .checkpoints import load_own
+from .dual_encoder import DualEncoder
 from .errors import CheckpointError
 from .hub import load_hub
 from .lavis import load_lavis
 from .model import RetrievalModel
-
-DEFAULT_MODEL = "mini"
-SHORT_NAMES = {
-    "blip2-itm-vit-g": "Salesforce/blip2-itm-vit-g",
-    "blip2-itm-vit-g-coco": "Salesforce/blip2-itm-vit-g-coco",
-}
-NAMES = (DEFAULT_MODEL, *SHORT_NAMES)  # these win over a folder of the same name
+from .names import DEFAULT_MODEL, NAMES, OPEN_CLIP, SHORT_NAMES, canonical
+from .own_format import EMBEDDED, is_own_format
 
 
 def load_embedder(
@@ -35,7 +30,7 @@ def load_embedder(
     Raises:
         CheckpointError: as `load_model`.
     """
-    if not str(name_or_path).startswith(PREFIX):
+    if not str(name_or_path).startswith(OPEN_CLIP):
         return load_model(name_or_path, device, dtype)
     target = pick_device(device)
     return DualEncoder(str(name_or_path)).to(target, _dtype(dtype, target)).eval()
@@ -59,7 +54,7 @@ def load_model(
     number_type = _dtype(dtype, target)
     name = str(name_or_path)
     model = _load(name).to(target, number_type).eval()
-    model.origin = os.path.abspath(name) if name not in NAMES and os.path.exists(name) else name
+    model.origin = canonical(name)
     return model
 
 

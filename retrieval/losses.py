@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .distributed import gather, own_rows
 from .model import RetrievalModel, max_over_queries
-from .preprocess import TextBatch
 from .qformer import KeyValue
+from .text_batch import TextBatch
 
 
 class ITC(NamedTuple):

@@ -6,10 +6,10 @@ half is what the losses use: tensors in, tensors out, with gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from ..indexes.base import Float32
 from .config import ModelConfig
-from .embedder import Embedder, fingerprint
+from .embedder import EncodedImages, TensorEmbedder, as_reranker
 from .encoders import build_encoder
-from .errors import CheckpointError
+from .errors import DeviceMemoryError
+from .fingerprint import fingerprint
 from .masks import bi_directional_mask, multimodal_causal_mask, uni_modal_mask
-from .preprocess import ImageLike, ImageTransform, TextBatch, TextTransform
+from .pairing import divide
+from .preprocess import ImageLike, ImageTransform, TextTransform
 from .qformer import KeyValue, LanguageModelHead, QFormer
+from .text_batch import TextBatch
 
 Precision = Literal["fp32", "bf16", "fp16"]
 INITIAL_TEMPERATURE = 0.07
@@ -41,6 +44,7 @@ class QueryPass(NamedTuple):
 class RetrievalModel(nn.Module):
     """BLIP-2 stage 1 (arXiv 2301.12597, section 3.1)."""
 
+    reranks = True
     fingerprint: str  # set by `refresh_fingerprint`
     origin = ""  # where it was loaded from, set by `loading.py`
 
@@ -97,13 +101,7 @@ class RetrievalModel(nn.Module):
     @property
     def preprocessing(self) -> dict[str, Any]:
         """How images become pixels, in words and numbers that JSON can hold."""
-        settings = self.config.preprocess
-        return {
-            "image_size": settings.image_size,
-            "mean": list(settings.mean),
-            "std": list(settings.std),
-            "resize": "squash, bicubic",
-        }
+        return self.config.preprocess.in_words
 
     @property
     def device(self) -> torch.device:
@@ -126,12 +124,29 @@ class RetrievalModel(nn.Module):
         Raises:
             ImageReadError: an image cannot be decoded.
         """
-        batches = [
-            self.query_pass(tokens).image_features.float().cpu().numpy()
-            for tokens in self._token_batches(images, batch_size)
-        ]
-        empty = np.empty((0, self.num_vectors, self.embedding_size), np.float32)
-        return np.concatenate(batches) if batches else empty
+        features = [np.empty((0, self.num_vectors, self.embedding_size), np.float32)]
+        for start in range(0, len(images), batch_size):
+            pixels = self._pixels(images[start : start + batch_size])
+            features.append(self.encode(pixels, keep_tokens=False).features)
+        return np.concatenate(features)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Float32, *, keep_tokens: bool = True) -> EncodedImages:
+        """Return the ITC features of pixels (N, 3, S, S), and the encoder's tokens, for `match`.
+
+        Raises:
+            DeviceMemoryError: so many images do not fit into the GPU's memory.
+        """
+        try:
+            tokens = self.encode_pixels(torch.from_numpy(pixels))
+            features = self.features_from_encoder(tokens).float().cpu().numpy()
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"{len(pixels)} images do not fit into the GPU's memory"
+            ) from error
+        # Not in bfloat16, which numpy lacks.
+        kept = tokens.half() if tokens.dtype == torch.bfloat16 else tokens
+        return EncodedImages(kept.cpu().numpy() if keep_tokens else None, features)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float32:
@@ -145,7 +160,7 @@ class RetrievalModel(nn.Module):
 
     @torch.inference_mode()
     def image_tokens(self, images: Sequence[ImageLike], batch_size: int = 32) -> Tensor:
-        """Return what the Q-Former sees of images, for `match`: (N, P, D) on the model's device.
+        """Return the encoder's tokens of images, for `match`: (N, P, D) on the model's device.
 
         Raises:
             ImageReadError: an image cannot be decoded.
@@ -153,34 +168,40 @@ class RetrievalModel(nn.Module):
         """
         if not images:
             raise ValueError("image_tokens needs at least one image")
-        return torch.cat(list(self._token_batches(images, batch_size)))
+        parts = [
+            self.encode_pixels(torch.from_numpy(self._pixels(images[start : start + batch_size])))
+            for start in range(0, len(images), batch_size)
+        ]
+        return torch.cat(parts)
 
     @torch.inference_mode()
     def match(
-        self, image_tokens: Tensor, texts: Sequence[str], batch_size: int = 64
+        self,
+        image_tokens: Tensor | npt.NDArray[Any],
+        texts: Sequence[str],
+        batch_size: int = 64,
     ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         """Return the ITM logit "these match" of pairs: (N,), float32; raw, no softmax.
 
         Args:
-            image_tokens: (N, P, D), of `image_tokens`; (1, P, D) pairs one image with all texts.
+            image_tokens: (N, P, D), of `image_tokens` or `encode`; (1, P, D) pairs one image with
+                all texts.
             texts: N captions; the i-th is scored against the i-th image.
             batch_size: pairs a pass.
 
         Raises:
             ValueError: the two are not equally many.
         """
-        if len(image_tokens) not in (1, len(texts)):
-            raise ValueError(f"{len(image_tokens)} images cannot pair with {len(texts)} texts")
-        scores = []
-        for i in range(0, len(texts), batch_size):
-            text = self.tokenize(texts[i : i + batch_size])
-            tokens, image_of = image_tokens[i : i + batch_size], None
-            if len(image_tokens) == 1:
-                tokens = image_tokens
-                image_of = torch.zeros(len(text.token_ids), dtype=torch.int64, device=self.device)
-            logits = self.match_logits(tokens.to(self.device, self.dtype), text, image_of)
+        tokens, scores = torch.as_tensor(image_tokens), [np.empty(0, np.float32)]
+        for part in divide(len(tokens), texts, batch_size):
+            logits = self.match_logits(
+                self.normalise_tokens(tokens[part.images].to(self.device, self.dtype)),
+                self.tokenize(part.texts),
+                torch.from_numpy(part.image_of).to(self.device),
+                torch.from_numpy(part.text_of).to(self.device),
+            )
             scores.append(logits[:, MATCH].float().cpu().numpy())
-        return np.concatenate(scores) if scores else np.empty(0, np.float32)
+        return np.concatenate(scores)
 
     def refresh_fingerprint(self) -> None:
         """Recompute `fingerprint`, 16 hex digits that tell this model's features from another's.
@@ -192,12 +213,10 @@ class RetrievalModel(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> TextBatch:
         """Clean and tokenise captions onto the model's device."""
-        return self.text_transform(texts).to(self.device)
+        return TextBatch.of(self.text_transform(texts)).to(self.device)
 
-    def _token_batches(self, images: Sequence[ImageLike], batch_size: int) -> Iterable[Tensor]:
-        for i in range(0, len(images), batch_size):
-            pixels = [self.image_transform(image) for image in images[i : i + batch_size]]
-            yield self.tokens_from_pixels(torch.stack(pixels))
+    def _pixels(self, images: Sequence[ImageLike]) -> Float32:
+        return np.stack([self.image_transform(image) for image in images])
 
     # ---- for the losses: tensors in, tensors out ----------------------------------------------
 
@@ -210,10 +229,6 @@ class RetrievalModel(nn.Module):
         """Return the ITC features (N, Q, E) of the encoder's tokens (N, P, D)."""
         tokens = self.normalise_tokens(tokens.to(self.device, self.dtype))
         return self.query_pass(tokens).image_features
-
-    def tokens_from_pixels(self, pixels: Tensor) -> Tensor:
-        """Encode pixels (N, 3, S, S) to image tokens (N, P, D)."""
-        return self.normalise_tokens(self.encode_pixels(pixels))
 
     def normalise_tokens(self, encoder_tokens: Tensor) -> Tensor:
         """Apply `ln_vision`, and positions where the encoder has none, to (N, P, D)."""
@@ -231,17 +246,22 @@ class RetrievalModel(nn.Module):
         return _normalise(self.text_proj(out.text[:, 0]))
 
     def match_logits(
-        self, image_tokens: Tensor, text: TextBatch, image_of: Tensor | None = None
+        self,
+        image_tokens: Tensor,
+        text: TextBatch,
+        image_of: Tensor | None = None,
+        text_of: Tensor | None = None,
     ) -> Tensor:
         """Return ITM logits (B, 2), averaged over the queries, of pairs (B, P, D) and text.
 
         With `image_of` (B,), int64, the tokens are those of N images, (N, P, D), and it names each
-        text's; what is an image's alone is then computed once.
+        pair's; with `text_of` (B,), int64, the same of the texts. What is an image's or a text's
+        alone is then computed once.
         """
         mask = bi_directional_mask(self.config.qformer.num_queries, text.mask)
         out = self.qformer(
             image_tokens=image_tokens, token_ids=text.token_ids, mask=mask,
-            image_of=image_of, queries_only=True,
+            image_of=image_of, text_of=text_of, queries_only=True,
         )  # fmt: skip
         head = self.itm_head
         with torch.autocast(self.device.type, enabled=False):  # rankings hang on small differences
@@ -263,15 +283,13 @@ class RetrievalModel(nn.Module):
         return hidden
 
 
-def with_itm_head(model: Embedder) -> RetrievalModel:
+def with_itm_head(model: TensorEmbedder) -> RetrievalModel:
     """Return the model, if it can rerank.
 
     Raises:
         CheckpointError: it is a dual encoder.
     """
-    if isinstance(model, RetrievalModel):
-        return model
-    raise CheckpointError(f"{model.name} is a dual encoder without an ITM head: rerank 0")
+    return cast(RetrievalModel, as_reranker(model))
 
 
 def max_over_queries(image_features: Tensor, text_features: Tensor) -> Tensor:

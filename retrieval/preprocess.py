@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
+from ..indexes.base import Float32, Int64
 from .config import PreprocessConfig
 from .errors import ImageReadError
 
@@ -75,10 +73,10 @@ class ImageTransform:
     def __init__(self, config: PreprocessConfig) -> None:
         """Take size, mean and std from the checkpoint's configuration."""
         self.size = (config.image_size, config.image_size)
-        self.mean = torch.tensor(config.mean).view(3, 1, 1)
-        self.std = torch.tensor(config.std).view(3, 1, 1)
+        self.mean = np.array(config.mean, np.float32)[:, None, None]
+        self.std = np.array(config.std, np.float32)[:, None, None]
 
-    def __call__(self, image: ImageLike) -> Tensor:
+    def __call__(self, image: ImageLike) -> Float32:
         """Return pixels (3, S, S), float32.
 
         Raises:
@@ -86,14 +84,18 @@ class ImageTransform:
         """
         return self.to_pixels(load_image(image))
 
-    def to_pixels(self, image: Image.Image) -> Tensor:
+    def to_pixels(self, image: Image.Image) -> Float32:
         """Squash an image that `load_image` gave, and return its pixels (3, S, S), float32."""
         return self.normalise(image.resize(self.size, Image.Resampling.BICUBIC))
 
-    def normalise(self, image: Image.Image) -> Tensor:
+    def normalise(self, image: Image.Image) -> Float32:
         """Return pixels of an RGB image that already has the right size: (3, S, S), float32."""
-        array = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return (array.float() / 255 - self.mean) / self.std
+        # Contiguous before the arithmetic: three times as fast.
+        pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
+        pixels /= 255
+        pixels -= self.mean
+        pixels /= self.std
+        return pixels
 
 
 def clean_caption(caption: str, max_words: int = 50) -> str:
@@ -107,37 +109,11 @@ def clean_caption(caption: str, max_words: int = 50) -> str:
     return " ".join(caption.split(" ")[:max_words])
 
 
-@dataclass(frozen=True, eq=False)
-class TextBatch:
-    """Tokenised captions, padded to the longest of the batch."""
+class TokenisedTexts(NamedTuple):
+    """Captions as numbers, padded to the longest of them."""
 
-    token_ids: Tensor  # (B, T), int64
-    mask: Tensor  # (B, T), bool, True where there is a token
-
-    def to(self, device: torch.device) -> TextBatch:
-        """Return the batch on another device."""
-        return TextBatch(self.token_ids.to(device), self.mask.to(device))
-
-    def select(self, rows: Tensor) -> TextBatch:
-        """Return some of the captions; `rows` (B',) are their numbers."""
-        return TextBatch(self.token_ids[rows], self.mask[rows])
-
-    def trimmed(self) -> TextBatch:
-        """Return the batch without the padding that all of its captions have."""
-        longest = int(self.mask.sum(dim=1).max())
-        return TextBatch(self.token_ids[:, :longest], self.mask[:, :longest])
-
-    def padded(self, length: int) -> TextBatch:
-        """Return the batch padded further, to so many tokens."""
-        more = (0, length - self.token_ids.shape[1])
-        return TextBatch(F.pad(self.token_ids, more), F.pad(self.mask, more))
-
-    @staticmethod
-    def concatenate(parts: Sequence[TextBatch]) -> TextBatch:
-        """Return the captions of batches of one length, one after the other."""
-        return TextBatch(
-            torch.cat([part.token_ids for part in parts]), torch.cat([part.mask for part in parts])
-        )
+    token_ids: Int64  # (B, T)
+    mask: npt.NDArray[np.bool_]  # (B, T), True where there is a token
 
 
 class TextTransform:
@@ -159,10 +135,10 @@ class TextTransform:
 
         return cls(Tokenizer.from_file(str(path)), config)
 
-    def __call__(self, captions: Sequence[str]) -> TextBatch:
-        """Return the token ids and mask of the captions; [CLS] stands first, [SEP] last."""
+    def __call__(self, captions: Sequence[str]) -> TokenisedTexts:
+        """Return the captions' token ids and their mask; [CLS] stands first, [SEP] last."""
         cleaned = [clean_caption(caption, self.max_words) for caption in captions]
         encodings = self.tokenizer.encode_batch_fast(cleaned)
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         mask = np.array([encoding.attention_mask for encoding in encodings], dtype=bool)
-        return TextBatch(torch.from_numpy(ids), torch.from_numpy(mask))
+        return TokenisedTexts(ids, mask)

@@ -102,6 +102,7 @@ class QFormerLayer(nn.Module):
         mask: Tensor | None,
         past: KeyValue | None,
         image_of: Tensor | None,
+        text_of: Tensor | None,
         *,
         queries_only: bool,
     ) -> tuple[Tensor | None, Tensor | None, KeyValue]:
@@ -109,7 +110,8 @@ class QFormerLayer(nn.Module):
 
         `past` are the keys and values of a query half that was computed before; the text then
         attends to them as if the queries stood in front of it. With `queries_only` the queries
-        attend to the text, and nothing else is computed of it: None.
+        attend to the text, and nothing else is computed of it: None. Until the queries look at the
+        image all is the texts' alone: with `text_of` that is computed of each text once.
         """
         num_queries = 0 if queries is None else queries.shape[1]
         hidden = torch.cat([half for half in (queries, text) if half is not None], dim=1)
@@ -124,16 +126,18 @@ class QFormerLayer(nn.Module):
             hidden, text = hidden[:, :num_queries], None
             mask = None if mask is None else mask[:, :, :num_queries]
         hidden = self.self_attention(hidden, seen, mask)
+        if text is not None:
+            text = self.text_ffn(hidden[:, num_queries:])
+            text = text if text_of is None else text[text_of]
         if queries is not None:
             queries = hidden[:, :num_queries]
+            queries = queries if text_of is None else queries[text_of]
             if self.cross_attention is not None and image_tokens is not None:
                 keys, values = self.cross_attention.keys_values(image_tokens)
                 if image_of is not None:
                     keys, values = keys[image_of], values[image_of]
                 queries = self.cross_attention(queries, (keys, values), None)
             queries = self.query_ffn(queries)
-        if text is not None:
-            text = self.text_ffn(hidden[:, num_queries:])
         return queries, text, keys_values
 
 
@@ -186,6 +190,7 @@ class QFormer(nn.Module):
         mask: Tensor | None = None,
         past: Sequence[KeyValue] = (),
         image_of: Tensor | None = None,
+        text_of: Tensor | None = None,
         queries_only: bool = False,
     ) -> QFormerOutput:
         """Run the query half, the text half, or both.
@@ -199,6 +204,8 @@ class QFormer(nn.Module):
                 `image_tokens`; the mask's rows are then the text's alone.
             image_of: (B,), int64; `image_tokens` are then (N, P, D), and it tells which of the N
                 each of the batch looks at. Their keys and values are projected once.
+            text_of: (B,), int64; `token_ids` (M, T) and the mask are then those of M texts, and it
+                tells which of the M each of the batch takes. What no image touches is computed once.
             queries_only: leave out the text's part of the last layer, which no query sees.
 
         Raises:
@@ -206,8 +213,11 @@ class QFormer(nn.Module):
         """
         queries = text = None
         if image_tokens is not None:
-            batch = len(image_tokens if image_of is None else image_of)
-            queries = self.query_tokens.expand(batch, -1, -1)
+            like = image_tokens if image_of is None else image_of
+            if text_of is not None and token_ids is not None:
+                like = token_ids
+            # Not len(): an export would take the size of its example for a constant.
+            queries = self.query_tokens.expand(like.shape[0], -1, -1)
             queries = self.dropout(self.embedding_norm(queries))
         if token_ids is not None:
             positions = self.position_embeddings.weight[: token_ids.shape[1]]
@@ -217,9 +227,11 @@ class QFormer(nn.Module):
         keys_values = []
         for i, layer in enumerate(self.layers):
             queries, text, layer_kv = layer(
-                queries, text, image_tokens, mask, past[i] if past else None, image_of,
+                queries, text, image_tokens, mask, past[i] if past else None, image_of, text_of,
                 queries_only=queries_only and i == len(self.layers) - 1,
             )  # fmt: skip
+            if text_of is not None:  # from here on each of the batch has its own
+                mask, text_of = None if mask is None else mask[text_of], None
             keys_values.append(layer_kv)
         # Reusable only from a pass over the queries alone: then no text has touched them.
         reusable = tuple(keys_values) if token_ids is None else ()

@@ -24,6 +24,7 @@ from .itm_cache import ItmCache
 from .metrics import image_ranks, text_ranks
 from .model import MATCH, RetrievalModel
 from .progress import OnProgress
+from .text_batch import TextBatch
 
 Direction = Literal["tr", "ir"]
 
@@ -164,7 +165,7 @@ def match_pairs(
     if cache is not None:
         scores = cache.known(pairs.images, pairs.texts)
     missing = np.flatnonzero(np.isnan(scores))
-    text = model.text_transform(captions)
+    text = TextBatch.of(model.text_transform(captions))
     lengths = text.mask.sum(dim=1).numpy()
     size = _PAIRS if model.device.type == "cpu" else _PAIRS_ON_GPU
     done = len(pairs) - len(missing)

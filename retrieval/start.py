@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import load_tokenizer
 from .config import ModelConfig
 from .errors import CheckpointError
 from .loading import load_model
 from .model import RetrievalModel
+from .own_format import load_tokenizer
 from .recipe import Recipe
 
 FROM_PIP = "pip:"

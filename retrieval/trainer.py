@@ -21,9 +21,10 @@ from .interrupts import deferred_interrupts
 from .losses import itc_loss, itg_loss, itm_loss
 from .model import Precision, RetrievalModel, autocast
 from .optimizer import freeze_unused, hardness, learning_rate, parameter_groups
-from .preprocess import TextBatch, TextTransform
+from .preprocess import TextTransform
 from .recipe import TrainConfig, TrainPrecision
 from .run_folder import RunFolder, TrainingState
+from .text_batch import TextBatch
 
 TEMPERATURES = (0.01, 0.5)
 
@@ -227,7 +228,7 @@ class Trainer:
         skipped = gather_reasons(batch.skipped)
         if skipped:
             self.tell({"step": step + 1, "skipped": skipped})
-        text = self._text_transform(batch.captions)
+        text = TextBatch.of(self._text_transform(batch.captions))
         if self.world.size > 1:  # negatives are gathered: captions must be equally long everywhere
             text = text.padded(self._text_transform.max_tokens)
         seed = step * config.accumulate + part

@@ -59,10 +59,8 @@ class Validator:
         if self._cache is not None:
             views = np.stack([views[0] for views in self._cache.tokens[start:stop]])
             return torch.from_numpy(views).to(model.device, model.dtype)
-        pixels = torch.stack(
-            [model.image_transform(image.path) for image in self._data[start:stop]]
-        )
-        tokens: Tensor = model.image_encoder(pixels.to(model.device, model.dtype))
+        pixels = np.stack([model.image_transform(image.path) for image in self._data[start:stop]])
+        tokens: Tensor = model.image_encoder(torch.from_numpy(pixels).to(model.device, model.dtype))
         return tokens
 
 

@@ -26,7 +26,7 @@ class FakeEngine:
     opened: list[dict[str, Any]] = field(default_factory=list)
     calls: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
-    def open(self, index_path, model=None, *, device="auto"):
+    def open(self, index_path, model=None, *, device="auto", backend="auto"):
         self.opened.append({"index": index_path, "model": model, "device": device})
         return self
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blip2_search.cli import models
-from blip2_search.retrieval import checkpoints, loading
+from blip2_search.retrieval import loading, own_format
 
 
 def test_info_is_a_table(run, engine):
@@ -45,7 +45,7 @@ def test_models_lists_every_name(run):
 def test_the_embedded_model_shows_its_size(run, monkeypatch, tmp_path):
     folder = tmp_path / "mini"
     folder.mkdir()
-    monkeypatch.setattr(checkpoints, "EMBEDDED", tmp_path)
+    monkeypatch.setattr(own_format, "EMBEDDED", tmp_path)
     assert "missing" in run("models").stdout
     (folder / "model.safetensors").write_bytes(bytes(2_000_000))
     (folder / "config.json").write_text(json.dumps({"preprocess": {"image_size": 260}}))

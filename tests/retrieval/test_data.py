@@ -216,7 +216,7 @@ def test_cached_views_are_drawn_once_and_the_first_is_the_image(images, tmp_path
     assert [tokens.shape for tokens in cache.tokens] == [(3, 4, 256)] * 3
     assert cache.tokens[0].dtype == np.float16
     with torch.inference_mode():
-        plain = model.image_encoder(torch.stack([model.image_transform(p) for p in paths]))
+        plain = model.image_tokens(paths)
     assert np.allclose(np.stack(cache.tokens)[:, 0], plain.numpy(), atol=2e-2)
     assert not np.allclose(cache.tokens[0][0], cache.tokens[0][1], atol=2e-2)
     files = sorted(tmp_path.rglob("*.arrow"))

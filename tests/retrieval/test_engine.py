@@ -264,8 +264,26 @@ def test_too_little_gpu_memory_is_one_sentence(photos, tmp_path, tiny_model, mon
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(type(tiny_model), "encode_pixels", overflow)
-    with pytest.raises(DeviceMemoryError, match="--batch-size"):
+    with pytest.raises(DeviceMemoryError, match="--device cpu"):
         SearchEngine(tmp_path / "index", tiny_model).add([photos])
+
+
+def test_what_does_not_fit_into_gpu_memory_goes_in_halves(
+    photos, tmp_path, tiny_model, monkeypatch, engine, encoded
+):
+    counted = type(tiny_model).encode_pixels
+
+    def small(self, pixels):
+        if len(pixels) > 5:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return counted(self, pixels)
+
+    monkeypatch.setattr(type(tiny_model), "encode_pixels", small)
+    again = SearchEngine(tmp_path / "again", tiny_model)
+    assert again.add([photos], batch_size=12).added == 18
+    assert encoded == [3, 3, 6 - 3, 3, 3, 3]
+    np.testing.assert_array_equal(again.paths(), engine.paths())
+    np.testing.assert_allclose(again.features(), engine.features(), atol=1e-3)
 
 
 # ---- files that are known by their content ---------------------------------------------------------

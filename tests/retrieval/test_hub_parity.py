@@ -66,7 +66,7 @@ def test_itc_and_itm_equal_transformers(pair, pictures, count):
 
     match = model(**inputs, use_image_text_matching_head=True).logits_per_image
     tokens = ours.image_tokens(images)
-    logits = ours.match_logits(tokens, ours.tokenize(captions))
+    logits = ours.match_logits(ours.normalise_tokens(tokens), ours.tokenize(captions))
     torch.testing.assert_close(logits, match, **CLOSE)
     scores = torch.from_numpy(ours.match(tokens, captions))
     torch.testing.assert_close(scores, match[:, 1], **CLOSE)
@@ -97,7 +97,7 @@ def test_pixels_equal_the_image_processor(hub_folder, pictures):
     theirs = PILLOW_PROCESSOR.from_pretrained(hub_folder)
     for picture in pictures:
         expected = theirs(picture, return_tensors="pt")["pixel_values"][0]
-        torch.testing.assert_close(ours(picture), expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(ours(picture), expected, atol=1e-5)
 
 
 def test_pixels_are_close_to_the_torchvision_processor(hub_folder, pictures):
@@ -109,9 +109,9 @@ def test_pixels_are_close_to_the_torchvision_processor(hub_folder, pictures):
     step = 1.01 / 255 / 0.2
     for picture in pictures:
         expected = theirs(picture, return_tensors="pt")["pixel_values"][0]
-        difference = (ours(picture) - expected).abs()
+        difference = np.abs(ours(picture) - expected.numpy())
         assert difference.max() <= 2 * step
-        assert (difference > step).float().mean() < 0.005
+        assert (difference > step).mean() < 0.005
 
 
 # ---- configurations as different versions of transformers write them -------------------------------

@@ -9,8 +9,8 @@ from blip2_search.retrieval.masks import (
     multimodal_causal_mask,
     uni_modal_mask,
 )
-from blip2_search.retrieval.preprocess import TextBatch
 from blip2_search.retrieval.qformer import QFormer
+from blip2_search.retrieval.text_batch import TextBatch
 
 # Q = 2 queries, then T = 3 tokens of which the last is padding. Rows attend to columns.
 LITERAL = {
@@ -188,6 +188,21 @@ def test_images_that_share_their_tokens(tiny_model):
     alone = tiny_model.match_logits(tokens[image_of], TextBatch(ids, mask))
     torch.testing.assert_close(shared, alone, atol=1e-5, rtol=0)
     assert (shared[0] - shared[1]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_pairs_that_share_their_texts(tiny_model):
+    config = tiny_model.config.qformer
+    torch.manual_seed(0)
+    tokens = torch.randn(3, 4, config.image_token_size)
+    text = TextBatch(
+        torch.randint(4, config.vocab_size, (2, 6)), torch.arange(6) < torch.tensor([[6], [4]])
+    )
+    image_of, text_of = torch.tensor([1, 0, 1, 2]), torch.tensor([0, 1, 1, 0])
+    shared = tiny_model.match_logits(tokens, text, image_of, text_of)
+    alone = tiny_model.match_logits(tokens[image_of], text.select(text_of))
+    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=0)
+    assert (shared[1] - shared[2]).abs().max() > 1e-4
 
 
 @torch.no_grad()

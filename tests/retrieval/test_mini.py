@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from blip2_search.retrieval.checkpoints import EMBEDDED
 from blip2_search.retrieval.loading import load_model
+from blip2_search.retrieval.own_format import EMBEDDED
 from tiny import draw
 
 

@@ -64,11 +64,7 @@ def test_one_direction_needs_only_its_own_pairs(rng):
 def test_every_pair_gets_its_logit_whatever_the_memory(tiny_model, photos, rng, memory):
     paths = sorted(photos.iterdir())
     captions = ["a red circle on black", "bar", "a picture of a clock tower", "white square"]
-    with_pixels = [tiny_model.image_transform(path) for path in paths]
-    import torch
-
-    with torch.inference_mode():
-        tokens = tiny_model.encode_pixels(torch.stack(with_pixels)).half().numpy()
+    tokens = tiny_model.image_tokens(paths).half().numpy()
     itc = rng.normal(size=(18, 4)).astype(np.float32)
     pairs = pairs_to_match(rank_by_itc(itc, np.array([0, 5, 9, 17]), 2, ["ir"]), 4)
     seen = []

@@ -1,0 +1,241 @@
+"""From a model in PyTorch to graphs for ONNX Runtime; see `onnx_model.py` for what they are.
+
+python -m blip2_search.retrieval.onnx_export    exports the embedded model again, where it lies
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..indexes.files import TEMPORARY, replace_file
+from .checkpoints import save_model
+from .errors import CheckpointError
+from .model import MATCH, RetrievalModel
+from .names import DEFAULT_MODEL
+from .onnx_model import DESCRIPTION, FORMAT, OnnxModel, exports, sources
+from .own_format import EMBEDDED, WEIGHTS
+from .text_batch import TextBatch
+
+_INLINE = 1024  # bytes: smaller tensors are kept in the graph
+
+
+class _Graph(nn.Module):
+    """A part of a model, as a module that can be exported."""
+
+    def __init__(self, model: RetrievalModel, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self._function(self.model, *inputs)
+
+
+def _images(model: RetrievalModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = model.encode_pixels(pixels)
+    return tokens, model.features_from_encoder(tokens)
+
+
+def _texts(model: RetrievalModel, token_ids: Tensor, mask: Tensor) -> Tensor:
+    return model.text_features(TextBatch(token_ids, mask))
+
+
+def _match(
+    model: RetrievalModel,
+    image_tokens: Tensor,
+    token_ids: Tensor,
+    mask: Tensor,
+    image_of: Tensor,
+    text_of: Tensor,
+) -> Tensor:
+    text, tokens = TextBatch(token_ids, mask), model.normalise_tokens(image_tokens)
+    return model.match_logits(tokens, text, image_of, text_of)[:, MATCH]
+
+
+def export(model: RetrievalModel) -> Path:
+    """Export a model to the user's cache, in place of older exports of the same name.
+
+    Args:
+        model: in float32 on the CPU.
+
+    Raises:
+        CheckpointError: what that needs is not installed, or the model cannot be exported.
+        OSError: the cache cannot be written.
+    """
+    folder = exports() / model.fingerprint
+    partial = folder.with_name(f"{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        save_model(model, partial)
+        write_graphs(model, partial, sources(model.name))
+        for old in exports().iterdir():
+            if old != partial and (old == folder or _is_of(old, model.name)):
+                shutil.rmtree(old)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _is_of(folder: Path, name: str) -> bool:
+    try:
+        return OnnxModel(folder).name == name
+    except CheckpointError:
+        return False
+
+
+def write_graphs(model: RetrievalModel, folder: Path, made_of: dict[str, list[int]]) -> None:
+    """Write the graphs beside a model's weights.
+
+    Args:
+        model: in float32 on the CPU.
+        folder: holds it in our own format, in any float type.
+        made_of: the files that it was loaded from, with size and time.
+
+    Raises:
+        CheckpointError: what that needs is not installed, or the model cannot be exported.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            "exporting a model needs two packages more: pip install 'blip2-search[onnx]'"
+        ) from error
+    where = _places(folder / WEIGHTS)
+    for name, (function, inputs, sizes, outputs) in _signatures(model).items():
+        try:
+            graph = _export(_Graph(model, function).eval(), inputs, sizes, outputs)
+        except Exception as error:  # every layer of the exporter has errors of its own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{model.name} cannot be exported to ONNX: {reason}") from error
+        _point_to_weights(graph, where)
+        replace_file(folder / f"{name}.onnx", graph.SerializeToString())
+    description = {
+        "format": FORMAT, "name": model.name, "fingerprint": model.fingerprint, "sources": made_of,
+    }  # fmt: skip
+    replace_file(folder / DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+
+
+def _signatures(model: RetrievalModel) -> dict[str, tuple[Any, ...]]:
+    """Return of each graph its function, examples of its inputs, their free sizes, its outputs."""
+    size, batch = torch.export.Dim, 65536
+    n, m, b = (size(name, min=1, max=batch) for name in ("images", "texts", "pairs"))
+    t = size("text_tokens", min=2, max=model.config.preprocess.max_text_tokens)
+    side = model.config.preprocess.image_size
+    pixels = torch.zeros(3, 3, side, side)
+    token_ids = torch.ones(2, 7, dtype=torch.int64)
+    text = {"token_ids": token_ids, "mask": token_ids > 0}
+    text_sizes = {"token_ids": {0: m, 1: t}, "mask": {0: m, 1: t}}
+    with torch.inference_mode():
+        image_tokens = model.encode_pixels(pixels).clone()
+    pairs = {"image_of": torch.tensor([0, 1, 2, 2, 1]), "text_of": torch.tensor([0, 1, 1, 1, 0])}
+    return {
+        "images": (_images, {"pixels": pixels}, {"pixels": {0: n}}, ["tokens", "features"]),
+        "texts": (_texts, text, text_sizes, ["features"]),
+        "match": (
+            _match,
+            {"image_tokens": image_tokens, **text, **pairs},
+            {"image_tokens": {0: n}, **text_sizes, "image_of": {0: b}, "text_of": {0: b}},
+            ["itm_logits"],
+        ),
+    }
+
+
+def _export(module: nn.Module, inputs: Any, sizes: Any, outputs: list[str]) -> Any:
+    """Return a graph; `inputs` by name, `sizes` of theirs that are free, and the outputs' names."""
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, about itself
+        program = torch.export.export(
+            module,
+            tuple(value.clone() for value in inputs.values()),
+            dynamic_shapes=(tuple(sizes.values()),),
+            strict=False,
+        )
+        found = torch.onnx.export(
+            program, (), input_names=list(inputs), output_names=outputs,
+            dynamo=True, optimize=False, verbose=False,
+        )  # fmt: skip
+    if found is None:
+        raise CheckpointError("torch.onnx gave nothing")
+    # Arithmetic on constants and sizes is done here; that on weights would give them other names,
+    # and ONNX Runtime does it.
+    fold_constants(found.model, should_fold=_knows_no_weight)
+    remove_unused_nodes(found.model)
+    return found.model_proto
+
+
+def _knows_no_weight(node: Any) -> bool | None:
+    """Forbid to compute with weights beforehand; None leaves the rest to the optimiser."""
+    weights = any(
+        value is not None and str(value.name).startswith("model.") for value in node.inputs
+    )
+    return False if weights else None
+
+
+def _places(file: Path) -> dict[str, dict[str, Any]]:
+    """Return where each tensor of a safetensors file lies: its type and its first and last byte."""
+    with open(file, "rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(size))
+    header.pop("__metadata__", None)
+    for entry in header.values():
+        entry["data_offsets"] = [8 + size + offset for offset in entry["data_offsets"]]
+    return dict(header)
+
+
+def _point_to_weights(proto: Any, where: dict[str, dict[str, Any]]) -> None:
+    """Replace the weights in a graph by where they lie in `model.safetensors`, in its type."""
+    from onnx import TensorProto, helper
+
+    types = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
+    casts = []
+    for tensor in proto.graph.initializer:
+        entry = where.get(tensor.name.removeprefix("model."))
+        if entry is None or entry["dtype"] not in types or tensor.data_type != TensorProto.FLOAT:
+            continue
+        first, last = entry["data_offsets"]
+        if last - first < _INLINE:
+            continue
+        if entry["shape"] != list(tensor.dims):
+            raise CheckpointError(f"the exported {tensor.name} has another shape than the weight")
+        name, shape = tensor.name, list(tensor.dims)
+        tensor.Clear()
+        tensor.name, tensor.data_type = name, types[entry["dtype"]]
+        tensor.dims.extend(shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", WEIGHTS), ("offset", first), ("length", last - first)):
+            tensor.external_data.add(key=key, value=str(value))
+        if tensor.data_type != TensorProto.FLOAT:
+            tensor.name = f"{name}.stored"
+            casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *proto.graph.node]
+    for node in nodes:
+        node.ClearField("metadata_props")  # where in the source it comes from: most of the file
+        node.ClearField("doc_string")
+    proto.graph.ClearField("value_info")
+    proto.graph.ClearField("node")
+    proto.graph.node.extend(nodes)
+
+
+def main() -> None:
+    """Export the embedded model again."""
+    from .loading import load_model
+
+    folder = EMBEDDED / DEFAULT_MODEL
+    write_graphs(load_model(DEFAULT_MODEL, device="cpu"), folder, {})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""A model on ONNX Runtime: what searching and indexing need of it, without PyTorch.
+
+An exported model is a folder in our own checkpoint format with three graphs, which `onnx_export.py`
+makes. They hold no weights, but point into `model.safetensors`:
+
+    images.onnx   pixels (N, 3, S, S)                            -> tokens (N, P, D), features (N, Q, E)
+    texts.onnx    token_ids (M, T), mask (M, T)                  -> features (M, E)
+    match.onnx    image_tokens (N, P, D), token_ids (M, T),      -> ITM logits (B,)
+                  mask (M, T), image_of (B,), text_of (B,)
+    onnx.json     which model it is, and of which files it was made
+
+All numbers are float32, or int64 and bool for the text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..indexes.base import Float32
+from .embedder import EncodedImages
+from .errors import CheckpointError
+from .names import DEFAULT_MODEL, canonical
+from .onnx_sessions import open_session
+from .own_format import EMBEDDED, load_tokenizer, read_config, read_json
+from .pairing import divide
+from .preprocess import ImageLike, ImageTransform, TextTransform
+
+DESCRIPTION = "onnx.json"
+FORMAT = 1  # of the description and the graphs' inputs and outputs
+# They have to start at once. The encoder gains more by what its own processor likes best.
+_FOR_QUERIES = ("texts", "match")
+
+
+class OnnxModel:
+    """An exported BLIP-2 retrieval model: a `Reranker` on the CPU."""
+
+    reranks = True
+
+    def __init__(self, folder: Path) -> None:
+        """Read the description; graphs are loaded when they are first used.
+
+        Raises:
+            CheckpointError: something is missing or broken.
+        """
+        self._folder = folder
+        self._config = read_config(folder)
+        description = read_json(folder / DESCRIPTION)
+        self.name = str(description["name"])
+        self.fingerprint = str(description["fingerprint"])
+        self.image_transform = ImageTransform(self._config.preprocess)
+        self._session = cache(self._load)  # a graph's
+
+    @property
+    def num_vectors(self) -> int:
+        """Q, vectors an image: one of each query token."""
+        return self._config.qformer.num_queries
+
+    @property
+    def embedding_size(self) -> int:
+        """E, numbers a vector."""
+        return self._config.embedding_size
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images become pixels, in words and numbers that JSON can hold."""
+        return self._config.preprocess.in_words
+
+    def encode(self, pixels: Float32, *, keep_tokens: bool = True) -> EncodedImages:
+        """Return the ITC features of pixels (N, 3, S, S), and the encoder's tokens, for `match`."""
+        tokens, features = self._session("images").run(None, {"pixels": pixels})
+        return EncodedImages(tokens if keep_tokens else None, features)
+
+    def encode_images(self, images: Sequence[ImageLike], batch_size: int = 32) -> Float32:
+        """Return the ITC features of images: (N, Q, E), float32, each vector of length 1.
+
+        Raises:
+            ImageReadError: an image cannot be decoded.
+        """
+        found = [np.empty((0, self.num_vectors, self.embedding_size), np.float32)]
+        for start in range(0, len(images), batch_size):
+            pixels = [self.image_transform(image) for image in images[start : start + batch_size]]
+            found.append(self.encode(np.stack(pixels)).features)
+        return np.concatenate(found)
+
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float32:
+        """Return the ITC features of captions: (B, E), float32, each vector of length 1."""
+        found = [np.empty((0, self.embedding_size), np.float32)]
+        for start in range(0, len(texts), batch_size):
+            inputs = self._text_transform(texts[start : start + batch_size])._asdict()
+            found += self._session("texts").run(None, inputs)
+        return np.concatenate(found)
+
+    def match(
+        self, image_tokens: npt.NDArray[Any], texts: Sequence[str], batch_size: int = 64
+    ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        """Return the ITM logit "these match" of pairs: (B,), float32; raw, no softmax.
+
+        Args:
+            image_tokens: (B, P, D), of `encode`; (1, P, D) pairs one image with all texts.
+            texts: B captions; the i-th is scored against the i-th image.
+            batch_size: pairs a pass.
+
+        Raises:
+            ValueError: the two are not equally many.
+        """
+        logits = [np.empty(0, np.float32)]
+        for part in divide(len(image_tokens), texts, batch_size):
+            inputs = {
+                "image_tokens": image_tokens[part.images].astype(np.float32, copy=False),
+                **self._text_transform(part.texts)._asdict(),
+                "image_of": part.image_of,
+                "text_of": part.text_of,
+            }
+            logits += self._session("match").run(None, inputs)
+        return np.concatenate(logits)
+
+    @cached_property
+    def _text_transform(self) -> TextTransform:
+        return load_tokenizer(self._folder, self._config)
+
+    def _load(self, graph: str) -> Any:
+        import onnxruntime
+
+        optimised = None
+        if graph in _FOR_QUERIES:
+            version = f"{self.fingerprint}-{onnxruntime.__version__}"
+            optimised = cache_folder() / "onnx-optimised" / version / graph
+        return open_session(self._folder / f"{graph}.onnx", optimised)
+
+
+def find_export(name: str) -> Path | None:
+    """Return the folder of an exported model; None where there is none, or its model has changed."""
+    if name == DEFAULT_MODEL:
+        return EMBEDDED / name if _is_export(EMBEDDED / name, name) else None
+    root = exports()
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    return next((folder for folder in folders if _is_export(folder, canonical(name))), None)
+
+
+def exports() -> Path:
+    """Return the folder of the models that were exported on this machine."""
+    return cache_folder() / "onnx"
+
+
+def cache_folder() -> Path:
+    """Return the project's folder in the user's cache."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("blip2-search", appauthor=False)
+
+
+def sources(name: str) -> dict[str, list[int]]:
+    """Return the files that a model was loaded from, with size and time; {} for one of the hub."""
+    path = Path(name)
+    files = [path] if path.is_file() else [f for f in sorted(path.glob("*")) if f.is_file()]
+    stats = {str(file): os.stat(file) for file in files}
+    return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+
+
+def _is_export(folder: Path, name: str) -> bool:
+    try:
+        description = read_json(folder / DESCRIPTION)
+    except CheckpointError:
+        return False
+    wanted = {
+        "format": FORMAT,
+        "name": name,
+        "sources": {} if name == DEFAULT_MODEL else sources(name),
+    }
+    return all(description.get(key) == value for key, value in wanted.items())
