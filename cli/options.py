@@ -123,9 +123,9 @@ BackendOption = Annotated[
     Backend,
     typer.Option(
         "--backend",
-        help="What computes: onnx starts at once and is quicker on processors without a GPU, torch runs "
-        "on GPUs. auto is onnx where there is no GPU and the model has been exported, as mini has; "
-        "any other BLIP-2 is when first used with onnx.",
+        help="What computes: torch, on a GPU if there is one, or onnx, which starts at once and is quicker on "
+        "processors. auto is onnx where there is no GPU and the model has been exported: mini has, another "
+        "BLIP-2 is the first time that you say onnx (which needs blip2-search[onnx]).",
     ),
 ]
 VerboseOption = Annotated[

@@ -77,6 +77,8 @@ def search_any(index: VectorIndex, queries: npt.ArrayLike, k: int) -> tuple[Floa
     found = index.search(queries, k)
     if not len(found.images):
         raise VectorIndexError("A search needs at least one query vector.")
+    if len(found.images) == 1:
+        return found.scores[0], found.images[0]
     images, row = np.unique(found.images, return_inverse=True)
     scores = np.full(len(images), -np.inf, np.float32)
     np.maximum.at(scores, row.reshape(-1), found.scores.reshape(-1))

@@ -50,7 +50,7 @@ class Joined:
             return self.parts[0][rows if only is None else only[rows]]
         found = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
         part_of = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(part_of):
+        for number in sorted(set(part_of.tolist())):  # np.unique would load numpy.ma
             places = np.flatnonzero(part_of == number)
             inside = rows[places] - self._starts[number]
             live = self.live[number]

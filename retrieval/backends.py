@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes.util
-import importlib.util
 import os
 from typing import Literal, get_args
 
 from .embedder import Embedder
-from .errors import CheckpointError
+from .errors import BackendError
 from .names import DEFAULT_MODEL, OPEN_CLIP
 
 Backend = Literal["auto", "torch", "onnx"]
-_GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")  # Linux, WSL, AMD
+_GPU_FILES = (  # Linux: NVIDIA, Jetson, WSL, AMD
+    "/dev/nvidiactl", "/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvmap", "/dev/dxg", "/dev/kfd",
+)  # fmt: skip
 
 
 def open_embedder(
@@ -28,17 +29,19 @@ def open_embedder(
             exported model where there is one and no GPU to use.
 
     Raises:
-        CheckpointError: as `load_embedder`, or the model or device is nothing for ONNX Runtime.
+        CheckpointError: as `load_embedder`.
+        BackendError: the model or device is nothing for ONNX Runtime, or something is not installed.
     """
     name = str(name)
     if backend not in get_args(Backend):
-        raise CheckpointError(f"unknown backend {backend!r}: {', '.join(get_args(Backend))}")
+        raise BackendError(f"unknown backend {backend!r}: {', '.join(get_args(Backend))}")
     if backend == "onnx":
         return _open_onnx(name, device)
     if backend == "auto" and not _wants_gpu(device):
-        from .onnx_model import OnnxModel, find_export
+        from .onnx_exports import find_export
+        from .onnx_model import OnnxModel
 
-        if importlib.util.find_spec("onnxruntime") and (folder := find_export(name)):
+        if folder := find_export(name):
             return OnnxModel(folder)
     from .loading import load_embedder
 
@@ -47,19 +50,17 @@ def open_embedder(
 
 def _open_onnx(name: str, device: str) -> Embedder:
     if name.startswith(OPEN_CLIP):
-        raise CheckpointError(f"{name} runs on PyTorch only: --backend torch")
+        raise BackendError(f"{name} runs on PyTorch only: --backend torch")
     if device not in ("auto", "cpu"):
-        raise CheckpointError(
-            f"the onnx backend runs on the CPU, not on {device!r}: --backend torch"
-        )
-    from .onnx_model import OnnxModel, find_export
+        raise BackendError(f"the onnx backend runs on the CPU, not on {device!r}: --backend torch")
+    from .onnx_exports import find_export
+    from .onnx_model import OnnxModel
 
     folder = find_export(name)
     if folder is None:
-        from .loading import load_model
         from .onnx_export import export
 
-        folder = export(load_model(name, device="cpu"))
+        folder = export(name)
     return OnnxModel(folder)
 
 
@@ -67,7 +68,8 @@ def _wants_gpu(device: str) -> bool:
     """Tell whether a model belongs on a GPU; asks PyTorch, which is slow to load, only if need be."""
     if device != "auto":
         return device != "cpu"
-    if not any(map(os.path.exists, _GPU_FILES)) and ctypes.util.find_library("nvcuda") is None:
+    windows = os.name == "nt" and ctypes.util.find_library("nvcuda")  # elsewhere it runs a compiler
+    if not windows and not any(map(os.path.exists, _GPU_FILES)):
         return False
     from .loading import pick_device
 

@@ -116,7 +116,7 @@ def rank_texts(
     tokens, features = model.encode(model.image_transform(image)[None], keep_tokens=depth > 0)
     itc, found = search_any(index, features[0], max(k, depth))
     itm, scores = None, itc
-    if depth and tokens is not None:
+    if depth:
         itm = as_reranker(model).match(tokens, [texts[i] for i in found])
         scores = itc + itm
     order = np.argsort(-scores, kind="stable")[:k]
@@ -161,7 +161,5 @@ def _encoder_tokens(
     for start in range(0, len(rows), _BATCH):
         some = rows[start : start + _BATCH]
         pixels = [found for row in some if (found := seen[row][1]) is not None]
-        encoded = model.encode(np.stack(pixels)).tokens
-        if encoded is not None:
-            tokens |= zip(some, encoded, strict=True)
+        tokens |= zip(some, model.encode(np.stack(pixels)).tokens, strict=True)
     return tokens

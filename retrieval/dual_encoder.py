@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..indexes.base import Float32
-from .embedder import EncodedImages
+from .embedder import NO_TOKENS, EncodedImages, encode_in_batches
 from .errors import CheckpointError, DeviceMemoryError
 from .fingerprint import fingerprint
 from .names import OPEN_CLIP
@@ -116,11 +116,7 @@ class DualEncoder(nn.Module):
         Raises:
             ImageReadError: an image cannot be decoded.
         """
-        found = [np.empty((0, 1, self.embedding_size), np.float32)]
-        for start in range(0, len(images), batch_size):
-            pixels = [self.image_transform(image) for image in images[start : start + batch_size]]
-            found.append(self.encode(np.stack(pixels), keep_tokens=False).features)
-        return np.concatenate(found)
+        return encode_in_batches(self, images, batch_size)
 
     @torch.inference_mode()
     def encode(self, pixels: Float32, *, keep_tokens: bool = True) -> EncodedImages:
@@ -132,10 +128,8 @@ class DualEncoder(nn.Module):
         try:
             features = self.encode_pixels(torch.from_numpy(pixels)).cpu().numpy()
         except torch.cuda.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"{len(pixels)} images do not fit into the GPU's memory"
-            ) from error
-        return EncodedImages(features if keep_tokens else None, features)
+            raise DeviceMemoryError.of(len(pixels), error) from None
+        return EncodedImages(features if keep_tokens else NO_TOKENS, features)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float32:

@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+NO_TOKENS = np.empty((0, 0, 0), np.float32)
+
+
 class EncodedImages(NamedTuple):
     """What a model makes of images."""
 
-    tokens: npt.NDArray[Any] | None  # (N, P, D), the encoder's, any float type
+    tokens: npt.NDArray[Any]  # (N, P, D), the encoder's, any float type; `NO_TOKENS` if not kept
     features: Float32  # (N, Q, E), each vector of length 1
 
 
@@ -138,6 +141,19 @@ class TensorEmbedder(Embedder, Protocol):
 
     def features_from_encoder(self, tokens: Tensor) -> Tensor:
         """Return the vectors of the encoder's tokens (N, P, D): (N, Q, E), float32."""
+
+
+def encode_in_batches(model: Embedder, images: Sequence[ImageLike], batch_size: int) -> Float32:
+    """Return the vectors (N, Q, E) of images: what `encode_images` does.
+
+    Raises:
+        ImageReadError: an image cannot be decoded.
+    """
+    found = [np.empty((0, model.num_vectors, model.embedding_size), np.float32)]
+    for start in range(0, len(images), batch_size):
+        pixels = [model.image_transform(image) for image in images[start : start + batch_size]]
+        found.append(model.encode(np.stack(pixels), keep_tokens=False).features)
+    return np.concatenate(found)
 
 
 def as_reranker(model: Embedder) -> Reranker:

@@ -5,6 +5,7 @@ The root of the tree is `indexes.errors.Blip2SearchError`:
     Blip2SearchError
     ├── ImageReadError       a file that is no readable image
     ├── CheckpointError      a checkpoint that is missing, incomplete or of another shape
+    ├── BackendError         a backend that is not installed, or nothing for this model or device
     ├── DeviceMemoryError    a batch that does not fit into the GPU's memory
     ├── TokenOverflowError   image tokens that float16 cannot hold
     ├── ScoreError           scores that are no numbers
@@ -15,6 +16,8 @@ The root of the tree is `indexes.errors.Blip2SearchError`:
 """
 
 from __future__ import annotations
+
+import traceback
 
 from ..indexes.errors import Blip2SearchError
 
@@ -32,8 +35,18 @@ class CheckpointError(Blip2SearchError):
     """The checkpoint cannot be loaded; the message names the key, shape or file at fault."""
 
 
+class BackendError(Blip2SearchError):
+    """The backend is not installed, or cannot run this model or use this device."""
+
+
 class DeviceMemoryError(Blip2SearchError):
     """A batch does not fit into the GPU's memory."""
+
+    @classmethod
+    def of(cls, images: int, error: Exception) -> DeviceMemoryError:
+        """Say that so many images do not fit, and let go of what the failed attempt holds."""
+        traceback.clear_frames(error.__traceback__)
+        return cls(f"{images} images do not fit into the GPU's memory at once")
 
 
 class TokenOverflowError(Blip2SearchError):

@@ -339,23 +339,25 @@ class Indexer:
     def _encode(self, model: Embedder, batch: Sequence[_Decoded]) -> None:
         """Encode images; where they do not fit into the GPU's memory together, half of them at once."""
         keep = self.store.settings.rerank_features != "none"
+        encoded = None
         try:
             pixels = np.stack([item.pixels for item in batch])
-            tokens, features = model.encode(pixels, keep_tokens=keep)
+            encoded = model.encode(pixels, keep_tokens=keep)
         except DeviceMemoryError as error:
             if len(batch) == 1:
                 raise DeviceMemoryError(
                     "an image does not fit into the GPU's memory: try --device cpu; what was "
                     "encoded is kept"
                 ) from error
-            self._batch_size = len(batch) // 2
-            log.warning("%s: going on with %d at once", error, self._batch_size)
-            self._encode(model, batch[: self._batch_size])
-            self._encode(model, batch[len(batch) // 2 :])
+            log.warning("%s: going on with half of them", error)
+        if encoded is None:  # outside of `except`, which holds what the failed attempt did
+            half = self._batch_size = len(batch) // 2
+            self._encode(model, batch[:half])
+            self._encode(model, batch[half:])
             return
-        if tokens is not None:
-            self._keep_tokens(model, batch, tokens)
-        self._features.append(features.astype(np.float16))
+        if keep:
+            self._keep_tokens(model, batch, encoded.tokens)
+        self._features.append(encoded.features.astype(np.float16))
         self._records.extend(item.record for item in batch)
         self._commit_in_time()
 

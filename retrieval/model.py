@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from ..indexes.base import Float32
 from .config import ModelConfig
-from .embedder import EncodedImages, TensorEmbedder, as_reranker
+from .embedder import (
+    NO_TOKENS,
+    EncodedImages,
+    TensorEmbedder,
+    as_reranker,
+    encode_in_batches,
+)
 from .encoders import build_encoder
 from .errors import DeviceMemoryError
 from .fingerprint import fingerprint
@@ -124,11 +130,7 @@ class RetrievalModel(nn.Module):
         Raises:
             ImageReadError: an image cannot be decoded.
         """
-        features = [np.empty((0, self.num_vectors, self.embedding_size), np.float32)]
-        for start in range(0, len(images), batch_size):
-            pixels = self._pixels(images[start : start + batch_size])
-            features.append(self.encode(pixels, keep_tokens=False).features)
-        return np.concatenate(features)
+        return encode_in_batches(self, images, batch_size)
 
     @torch.inference_mode()
     def encode(self, pixels: Float32, *, keep_tokens: bool = True) -> EncodedImages:
@@ -141,12 +143,10 @@ class RetrievalModel(nn.Module):
             tokens = self.encode_pixels(torch.from_numpy(pixels))
             features = self.features_from_encoder(tokens).float().cpu().numpy()
         except torch.cuda.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"{len(pixels)} images do not fit into the GPU's memory"
-            ) from error
+            raise DeviceMemoryError.of(len(pixels), error) from None
         # Not in bfloat16, which numpy lacks.
-        kept = tokens.half() if tokens.dtype == torch.bfloat16 else tokens
-        return EncodedImages(kept.cpu().numpy() if keep_tokens else None, features)
+        kept = tokens.float() if tokens.dtype == torch.bfloat16 else tokens
+        return EncodedImages(kept.cpu().numpy() if keep_tokens else NO_TOKENS, features)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float32:
@@ -206,7 +206,7 @@ class RetrievalModel(nn.Module):
     def refresh_fingerprint(self) -> None:
         """Recompute `fingerprint`, 16 hex digits that tell this model's features from another's.
 
-        See `embedder.fingerprint`; the configuration without its name is part of it.
+        See `fingerprint.fingerprint`; the configuration without its name is part of it.
         """
         unnamed = replace(self.config, name="")  # the same model by another path is the same
         self.fingerprint = fingerprint(repr(unnamed), self.state_dict())

@@ -5,7 +5,9 @@ python -m blip2_search.retrieval.onnx_export    exports the embedded model again
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import shutil
 import struct
 import uuid
@@ -15,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from ..indexes.files import TEMPORARY, replace_file
 from .checkpoints import save_model
-from .errors import CheckpointError
+from .errors import BackendError, CheckpointError
+from .loading import load_model
 from .model import MATCH, RetrievalModel
 from .names import DEFAULT_MODEL
-from .onnx_model import DESCRIPTION, FORMAT, OnnxModel, exports, sources
+from .onnx_exports import DESCRIPTION, FORMAT, export_folder, find_export, sources
+from .onnx_sessions import SMALL
 from .own_format import EMBEDDED, WEIGHTS
 from .text_batch import TextBatch
 
-_INLINE = 1024  # bytes: smaller tensors are kept in the graph
+log = logging.getLogger(__name__)
 
 
 class _Graph(nn.Module):
@@ -62,35 +67,58 @@ def _match(
     return model.match_logits(tokens, text, image_of, text_of)[:, MATCH]
 
 
-def export(model: RetrievalModel) -> Path:
-    """Export a model to the user's cache, in place of older exports of the same name.
+def export(name: str) -> Path:
+    """Export a model to the user's cache, in place of an older export of the same name.
 
     Args:
-        model: in float32 on the CPU.
+        name: as for `load_model`.
+
+    Returns:
+        the folder of the export.
 
     Raises:
-        CheckpointError: what that needs is not installed, or the model cannot be exported.
-        OSError: the cache cannot be written.
+        BackendError: what that needs is not installed, or the cache cannot be written.
+        CheckpointError: the model cannot be loaded or exported.
     """
-    folder = exports() / model.fingerprint
-    partial = folder.with_name(f"{uuid.uuid4().hex}{TEMPORARY}")
+    _check_packages()
+    folder = export_folder(name)
     try:
-        save_model(model, partial)
-        write_graphs(model, partial, sources(model.name))
-        for old in exports().iterdir():
-            if old != partial and (old == folder or _is_of(old, model.name)):
-                shutil.rmtree(old)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if find_export(name) is None:  # another process may have made it meanwhile
+                log.warning("exporting %s for ONNX Runtime, once: about a minute", name)
+                _export_into(folder, name)
+    except OSError as error:
+        raise BackendError(
+            f"the export of {name} cannot be written ({error}): --backend torch"
+        ) from error
     return folder
 
 
-def _is_of(folder: Path, name: str) -> bool:
+def _export_into(folder: Path, name: str) -> None:
+    """Make the folder, whole or not at all, in place of an older one."""
+    for left in folder.parent.glob(f"{folder.name}.*{TEMPORARY}"):  # of a killed run
+        shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    made_of = sources(name)  # before loading: what changes meanwhile makes the export outdated
+    model = load_model(name, device="cpu")
     try:
-        return OnnxModel(folder).name == name
-    except CheckpointError:
-        return False
+        save_model(model, partial)
+        write_graphs(model, partial, made_of or sources(name))  # or it was not downloaded before
+        if folder.exists():
+            folder.rename(partial.with_suffix(f".old{TEMPORARY}"))
+        partial.rename(folder)
+    finally:
+        for left in folder.parent.glob(f"{folder.name}.*{TEMPORARY}"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _check_packages() -> None:
+    if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+        raise BackendError(
+            "exporting a model takes two packages more: pip install 'blip2-search[onnx]', or choose "
+            "--backend torch"
+        )
 
 
 def write_graphs(model: RetrievalModel, folder: Path, made_of: dict[str, list[int]]) -> None:
@@ -102,15 +130,8 @@ def write_graphs(model: RetrievalModel, folder: Path, made_of: dict[str, list[in
         made_of: the files that it was loaded from, with size and time.
 
     Raises:
-        CheckpointError: what that needs is not installed, or the model cannot be exported.
+        CheckpointError: the model cannot be exported.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(
-            "exporting a model needs two packages more: pip install 'blip2-search[onnx]'"
-        ) from error
     where = _places(folder / WEIGHTS)
     for name, (function, inputs, sizes, outputs) in _signatures(model).items():
         try:
@@ -206,7 +227,7 @@ def _point_to_weights(proto: Any, where: dict[str, dict[str, Any]]) -> None:
         if entry is None or entry["dtype"] not in types or tensor.data_type != TensorProto.FLOAT:
             continue
         first, last = entry["data_offsets"]
-        if last - first < _INLINE:
+        if last - first < SMALL:
             continue
         if entry["shape"] != list(tensor.dims):
             raise CheckpointError(f"the exported {tensor.name} has another shape than the weight")
@@ -231,8 +252,6 @@ def _point_to_weights(proto: Any, where: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     """Export the embedded model again."""
-    from .loading import load_model
-
     folder = EMBEDDED / DEFAULT_MODEL
     write_graphs(load_model(DEFAULT_MODEL, device="cpu"), folder, {})
 

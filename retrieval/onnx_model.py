@@ -14,7 +14,6 @@ All numbers are float32, or int64 and bool for the text.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,16 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..indexes.base import Float32
-from .embedder import EncodedImages
-from .errors import CheckpointError
-from .names import DEFAULT_MODEL, canonical
+from .embedder import NO_TOKENS, EncodedImages, encode_in_batches
+from .onnx_exports import DESCRIPTION, cache_folder
 from .onnx_sessions import open_session
-from .own_format import EMBEDDED, load_tokenizer, read_config, read_json
+from .own_format import load_tokenizer, read_config, read_json
 from .pairing import divide
 from .preprocess import ImageLike, ImageTransform, TextTransform
 
-DESCRIPTION = "onnx.json"
-FORMAT = 1  # of the description and the graphs' inputs and outputs
 # They have to start at once. The encoder gains more by what its own processor likes best.
 _FOR_QUERIES = ("texts", "match")
 
@@ -75,7 +71,7 @@ class OnnxModel:
     def encode(self, pixels: Float32, *, keep_tokens: bool = True) -> EncodedImages:
         """Return the ITC features of pixels (N, 3, S, S), and the encoder's tokens, for `match`."""
         tokens, features = self._session("images").run(None, {"pixels": pixels})
-        return EncodedImages(tokens if keep_tokens else None, features)
+        return EncodedImages(tokens if keep_tokens else NO_TOKENS, features)
 
     def encode_images(self, images: Sequence[ImageLike], batch_size: int = 32) -> Float32:
         """Return the ITC features of images: (N, Q, E), float32, each vector of length 1.
@@ -83,11 +79,7 @@ class OnnxModel:
         Raises:
             ImageReadError: an image cannot be decoded.
         """
-        found = [np.empty((0, self.num_vectors, self.embedding_size), np.float32)]
-        for start in range(0, len(images), batch_size):
-            pixels = [self.image_transform(image) for image in images[start : start + batch_size]]
-            found.append(self.encode(np.stack(pixels)).features)
-        return np.concatenate(found)
+        return encode_in_batches(self, images, batch_size)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float32:
         """Return the ITC features of captions: (B, E), float32, each vector of length 1."""
@@ -126,52 +118,7 @@ class OnnxModel:
         return load_tokenizer(self._folder, self._config)
 
     def _load(self, graph: str) -> Any:
-        import onnxruntime
-
-        optimised = None
-        if graph in _FOR_QUERIES:
-            version = f"{self.fingerprint}-{onnxruntime.__version__}"
-            optimised = cache_folder() / "onnx-optimised" / version / graph
-        return open_session(self._folder / f"{graph}.onnx", optimised)
-
-
-def find_export(name: str) -> Path | None:
-    """Return the folder of an exported model; None where there is none, or its model has changed."""
-    if name == DEFAULT_MODEL:
-        return EMBEDDED / name if _is_export(EMBEDDED / name, name) else None
-    root = exports()
-    folders = sorted(root.iterdir()) if root.is_dir() else []
-    return next((folder for folder in folders if _is_export(folder, canonical(name))), None)
-
-
-def exports() -> Path:
-    """Return the folder of the models that were exported on this machine."""
-    return cache_folder() / "onnx"
-
-
-def cache_folder() -> Path:
-    """Return the project's folder in the user's cache."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("blip2-search", appauthor=False)
-
-
-def sources(name: str) -> dict[str, list[int]]:
-    """Return the files that a model was loaded from, with size and time; {} for one of the hub."""
-    path = Path(name)
-    files = [path] if path.is_file() else [f for f in sorted(path.glob("*")) if f.is_file()]
-    stats = {str(file): os.stat(file) for file in files}
-    return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
-
-
-def _is_export(folder: Path, name: str) -> bool:
-    try:
-        description = read_json(folder / DESCRIPTION)
-    except CheckpointError:
-        return False
-    wanted = {
-        "format": FORMAT,
-        "name": name,
-        "sources": {} if name == DEFAULT_MODEL else sources(name),
-    }
-    return all(description.get(key) == value for key, value in wanted.items())
+        kept = (
+            cache_folder() / "onnx-optimised" / self.fingerprint if graph in _FOR_QUERIES else None
+        )
+        return open_session(self._folder / f"{graph}.onnx", kept)

@@ -14,6 +14,7 @@ from .preprocess import TextTransform
 
 EMBEDDED = Path(__file__).parent / "models"
 WEIGHTS = "model.safetensors"
+FILES = ("config.json", WEIGHTS, "tokenizer.json")
 
 
 def is_own_format(path: Path) -> bool:

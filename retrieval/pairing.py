@@ -42,7 +42,9 @@ def divide(num_images: int, texts: Sequence[str], batch_size: int) -> Iterator[P
         places = {text: place for place, text in enumerate(dict.fromkeys(asked))}
         yield Pass(
             slice(start, start + len(asked)) if num_images > 1 else slice(0, 1),
-            np.arange(len(asked)) if num_images > 1 else np.zeros(len(asked), np.int64),
+            np.arange(len(asked), dtype=np.int64)
+            if num_images > 1
+            else np.zeros(len(asked), np.int64),
             list(places),
-            np.array([places[text] for text in asked]),
+            np.array([places[text] for text in asked], np.int64),
         )

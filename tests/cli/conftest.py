@@ -27,7 +27,9 @@ class FakeEngine:
     calls: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
     def open(self, index_path, model=None, *, device="auto", backend="auto"):
-        self.opened.append({"index": index_path, "model": model, "device": device})
+        self.opened.append(
+            {"index": index_path, "model": model, "device": device, "backend": backend}
+        )
         return self
 
     def search(self, query, k=10, rerank=None):

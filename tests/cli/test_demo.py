@@ -44,7 +44,9 @@ def test_the_demo_from_end_to_end(run, engine, package, tmp_path):
     done = run("demo", "--out", out)
     assert done.stdout == f"{out / 'demo.png'}\n"
     assert f"--index {out / 'index'}" in done.stderr
-    assert engine.opened == [{"index": out / "index", "model": "mini", "device": "auto"}]
+    assert engine.opened == [
+        {"index": out / "index", "model": "mini", "device": "auto", "backend": "auto"}
+    ]
     indexed, how = engine.calls[0]
     assert [path.name for path in indexed] == ["coffee.png", "rocket.jpg"]
     assert all(path.parent == out / "photos" and path.is_file() for path in indexed)

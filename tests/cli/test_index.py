@@ -17,10 +17,10 @@ def test_options_reach_the_engine(run, engine, tmp_path):
     texts.write_text("a dog\n\n  a cat \n")
     run(
         "index", "a", "b.jpg", "--index", tmp_path, "--model", "m", "--batch-size", 4,
-        "--workers", 3, "--device", "cpu", "--rebuild", "--kind", "compact", "--memory", "3MB",
+        "--workers", 3, "--device", "cpu", "--backend", "torch", "--rebuild", "--kind", "compact", "--memory", "3MB",
         "--queries", texts, "--rerank-features", "fp16",
     )  # fmt: skip
-    assert engine.opened == [{"index": tmp_path, "model": "m", "device": "cpu"}]
+    assert engine.opened == [{"index": tmp_path, "model": "m", "device": "cpu", "backend": "torch"}]
     how = {
         "batch_size": 4, "workers": 3, "rebuild": True,
         "kind": "compact", "memory": 3_000_000, "queries": ["a dog", "a cat"],

@@ -63,9 +63,9 @@ def test_null_ends_paths_for_xargs(run, engine):
 def test_options_reach_the_engine(run, engine, tmp_path):
     run(
         "query", " a dog ", "--index", tmp_path, "-k", 3, "--rerank", 0,
-        "--device", "cpu", "--model", "m",
+        "--device", "cpu", "--backend", "torch", "--model", "m",
     )  # fmt: skip
-    assert engine.opened == [{"index": tmp_path, "model": "m", "device": "cpu"}]
+    assert engine.opened == [{"index": tmp_path, "model": "m", "device": "cpu", "backend": "torch"}]
     assert engine.calls == [("a dog", {"k": 3, "rerank": 0})]
 
 

@@ -3,20 +3,22 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from blip2_search.retrieval import backends, onnx_model
+from blip2_search.retrieval import backends, loading, onnx_exports, onnx_model
 from blip2_search.retrieval.backends import open_embedder
 from blip2_search.retrieval.checkpoints import save_model
 from blip2_search.retrieval.engine import SearchEngine
-from blip2_search.retrieval.errors import CheckpointError
+from blip2_search.retrieval.errors import BackendError, CheckpointError
 from blip2_search.retrieval.loading import load_model
 from blip2_search.retrieval.onnx_export import export
-from blip2_search.retrieval.onnx_model import OnnxModel, cache_folder, exports, find_export
+from blip2_search.retrieval.onnx_exports import find_export
+from blip2_search.retrieval.onnx_model import OnnxModel
 from blip2_search.retrieval.onnx_sessions import open_session
 from blip2_search.retrieval.own_format import EMBEDDED
 from tiny import COLOURS, SHAPES, build_tiny_model, draw
@@ -30,6 +32,7 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setattr(onnx_model, "cache_folder", lambda: folder)
+        patch.setattr(onnx_exports, "cache_folder", lambda: folder)
         yield folder
 
 
@@ -43,7 +46,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(cache, checkpoint):
     """Return the exported model's folder."""
-    return export(load_model(checkpoint, device="cpu"))
+    return export(str(checkpoint))
 
 
 def pictures(size=64):
@@ -91,44 +94,103 @@ def test_nothing_is_as_empty_as_with_torch(exported, tiny_model):
         model.match(np.zeros((3, 4, 256), np.float32), TEXTS)
 
 
-def test_what_is_optimised_is_kept_and_made_again_where_it_is_damaged(exported, cache):
-    first = OnnxModel(exported).encode_texts(TEXTS)
-    (graph,) = (cache / "onnx-optimised").glob(f"{exported.name}-*/texts/graph.onnx")
-    np.testing.assert_allclose(OnnxModel(exported).encode_texts(TEXTS), first, atol=1e-6)
-    graph.write_bytes(b"half of a fi")
-    np.testing.assert_allclose(OnnxModel(exported).encode_texts(TEXTS), first, atol=1e-6)
-    assert graph.stat().st_size > 1000
-    assert {file.name for file in graph.parent.parent.iterdir()} <= {"texts", "match"}
-
-
-def test_where_nothing_can_be_kept_it_works_all_the_same(exported, tmp_path):
-    (tmp_path / "a file").touch()
-    inputs = {"token_ids": np.array([[2, 3]]), "mask": np.array([[True, True]])}
-    kept, anew = (
-        open_session(exported / "texts.onnx", folder).run(None, inputs)[0]
-        for folder in (tmp_path / "a file" / "texts", None)
+def kept(cache, graph="texts"):
+    (folder,) = (cache / "onnx-optimised" / OnnxModel(export_of(cache)).fingerprint).glob(
+        f"{graph}-*"
     )
-    np.testing.assert_allclose(kept, anew, atol=1e-6)
+    return folder
+
+
+def export_of(cache):
+    (folder,) = (path for path in (cache / "onnx").iterdir() if path.is_dir())
+    return folder
+
+
+@pytest.mark.parametrize("file", ["graph.onnx", "weights"])
+def test_what_is_optimised_is_kept_and_made_again_where_it_is_damaged(
+    exported, cache, file, caplog
+):
+    first = OnnxModel(exported).encode_texts(TEXTS)
+    folder = kept(cache)
+    assert {path.name for path in folder.iterdir()} == {"graph.onnx", "weights"}
+    np.testing.assert_allclose(OnnxModel(exported).encode_texts(TEXTS), first, atol=1e-6)
+    assert not caplog.messages
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[: len(whole) // 2])
+    np.testing.assert_allclose(OnnxModel(exported).encode_texts(TEXTS), first, atol=1e-6)
+    assert "made again" in caplog.text
+    assert (folder / file).stat().st_size == len(whole)
+    assert not list(folder.parent.glob("*.tmp"))
+
+
+def test_another_graph_is_not_mistaken_for_what_was_made_of_the_first(exported, cache, tmp_path):
+    shutil.copytree(exported, tmp_path / "model")
+    graph = tmp_path / "model" / "texts.onnx"
+    inputs = {"token_ids": np.array([[2, 3]]), "mask": np.array([[True, True]])}
+    (first,) = open_session(graph, tmp_path / "kept").run(None, inputs)
+    graph.write_bytes((exported / "match.onnx").read_bytes())
+    wanted = open_session(graph, tmp_path / "kept").get_inputs()
+    assert len(wanted) == 5
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    assert first.shape == (1, 16)
+
+
+@pytest.mark.parametrize("trouble", ["no folder", "no room"])
+def test_where_nothing_can_be_kept_it_works_all_the_same(
+    exported, tmp_path, trouble, caplog, monkeypatch
+):
+    (tmp_path / "a file").touch()
+    folder = tmp_path / ("a file" if trouble == "no folder" else "folder")
+    if trouble == "no room":
+
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+    inputs = {"token_ids": np.array([[2, 3]]), "mask": np.array([[True, True]])}
+    (found,) = open_session(exported / "texts.onnx", folder).run(None, inputs)
+    (anew,) = open_session(exported / "texts.onnx", None).run(None, inputs)
+    np.testing.assert_allclose(found, anew, atol=1e-6)
+    assert "start more slowly" in caplog.text
+    assert trouble == "no folder" or not list(folder.iterdir())
 
 
 def test_a_broken_graph_is_named(tmp_path):
     (tmp_path / "texts.onnx").write_bytes(b"no graph")
-    with pytest.raises(CheckpointError, match=r"texts\.onnx"):
-        open_session(tmp_path / "texts.onnx", None)
+    for folder in (None, tmp_path / "kept"):
+        with pytest.raises(CheckpointError, match=r"texts\.onnx"):
+            open_session(tmp_path / "texts.onnx", folder)
+
+
+def test_a_missing_runtime_is_one_sentence(exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match="--backend torch"):
+        OnnxModel(exported).encode_texts(TEXTS)
 
 
 def test_an_export_is_found_until_its_model_changes(exported, checkpoint):
     assert find_export(str(checkpoint)) == exported
     assert find_export(os.path.relpath(checkpoint)) == exported
     assert find_export("elsewhere") is None
+    (checkpoint / "notes.md").touch()
+    assert find_export(str(checkpoint)) == exported
     os.utime(checkpoint / "config.json")
     assert find_export(str(checkpoint)) is None
-    again = export(load_model(checkpoint, device="cpu"))
-    assert again == find_export(str(checkpoint)) == exported
-    assert list(exports().iterdir()) == [again]
+    (exported.parent / f"{exported.name}.0123.tmp").mkdir()  # of a killed run
+    assert export(str(checkpoint)) == find_export(str(checkpoint)) == exported
+    assert [path for path in exported.parent.iterdir() if path.is_dir()] == [exported]
+
+
+@pytest.mark.parametrize("file", ["match.onnx", "model.safetensors", "onnx.json"])
+def test_an_incomplete_export_is_none(exported, checkpoint, file):
+    (exported / file).rename(exported / "elsewhere")
+    assert find_export(str(checkpoint)) is None
+    (exported / "elsewhere").rename(exported / file)
+    assert find_export(str(checkpoint)) == exported
 
 
 def test_auto_takes_what_is_exported(exported, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "_wants_gpu", lambda device: False)
     assert isinstance(open_embedder(checkpoint), OnnxModel)
     assert not isinstance(open_embedder(checkpoint, backend="torch"), OnnxModel)
     save_model(build_tiny_model(seed=1), tmp_path / "other")
@@ -140,6 +202,7 @@ def test_auto_takes_what_is_exported(exported, checkpoint, tmp_path, monkeypatch
 def test_a_gpu_is_looked_for_without_torch(monkeypatch):
     monkeypatch.setattr(backends, "_GPU_FILES", ())
     monkeypatch.setattr(backends.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.delattr(loading, "pick_device")
     assert not backends._wants_gpu("auto")
     assert not backends._wants_gpu("cpu")
     assert backends._wants_gpu("cuda:1")
@@ -154,16 +217,27 @@ def test_a_gpu_is_looked_for_without_torch(monkeypatch):
     ],
 )
 def test_what_onnx_cannot_do_is_said(name, how, complaint):
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(BackendError, match=complaint):
         open_embedder(name, **how)
 
 
-def test_exporting_says_what_it_needs(monkeypatch, tmp_path, tiny_model, cache):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    before = sorted(exports().iterdir()) if exports().exists() else []
-    with pytest.raises(CheckpointError, match="onnx"):
-        export(tiny_model)
-    assert sorted(exports().iterdir()) == before
+def test_the_wrong_backend_says_nothing_against_the_index(photos, tmp_path, exported, checkpoint):
+    SearchEngine(tmp_path / "index", str(checkpoint), backend="onnx").add([photos])
+    with pytest.raises(BackendError, match="runs on the CPU"):
+        SearchEngine(tmp_path / "index", backend="onnx", device="cuda").search("a bar")
+
+
+def test_exporting_says_what_it_needs(monkeypatch, checkpoint):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"pip install 'blip2-search\[onnx\]'"):
+        export(str(checkpoint))
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(onnx_exports, "cache_folder", lambda: tmp_path / "a file")
+    with pytest.raises(BackendError, match="cannot be written"):
+        export(str(checkpoint))
 
 
 def test_an_index_is_the_same_for_both(exported, checkpoint, photos, tmp_path):
@@ -206,5 +280,13 @@ def test_the_graphs_hold_no_weights():
     folder = EMBEDDED / "mini"
     assert sum(file.stat().st_size for file in folder.glob("*.onnx")) < 1e6
     assert json.loads((folder / "onnx.json").read_text())["sources"] == {}
-    assert importlib.util.find_spec("onnxruntime")
-    assert cache_folder().name == "blip2-search"
+
+
+def test_the_export_of_a_model_from_the_hub_knows_its_revision(monkeypatch, tmp_path):
+    config = tmp_path / "snapshots" / "0123" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text("{}")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(config))
+    assert list(onnx_exports.sources("blip2-itm-vit-g")) == [str(config)]
+    monkeypatch.undo()
+    assert onnx_exports.sources("no such/model of/the hub") == {}
