@@ -307,15 +307,15 @@ def main() -> None:
             "disk_bytes_an_image": contender.on_disk / len(features),
         }
         results[name] |= measure(contender, queries, truth)
-        print(f"{name}: {results[name]['p50_ms']:.1f} ms")
+        print(f"{name}: {results[name]['p50_ms']:.1f} ms", flush=True)
         del contender
-    report: dict[str, Any] = {
-        "images": args.images, "real_images": min(len(real), args.images),
-        "queries": len(queries), "k": DEPTH, "results": results,
-    }  # fmt: skip
+        if args.out:  # after each: some take many minutes to build
+            report: dict[str, Any] = {
+                "images": args.images, "real_images": min(len(real), args.images),
+                "queries": len(queries), "k": DEPTH, "results": results,
+            }  # fmt: skip
+            args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _print(results, f"{args.images:,} images, {len(queries)} queries, k = {DEPTH}")
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         _draw(results, f"{args.images:,} images, k = {DEPTH}", args.plot)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,64 @@ def growth_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def inference_table(result: dict[str, Any]) -> str:
+    """Return pairs and images a second, ours beside transformers', as a table in Markdown."""
+    kept = "transformers, its images kept by hand"
+    lines = [
+        "| | | a second | times transformers | times that with images kept |",
+        "|---" * 5 + "|",
+    ]
+    for work, contenders in result["seconds"].items():
+        first = next(iter(contenders.values()))
+        for name, seconds in contenders.items():
+            ratio = f"{times_as_fast(contenders[kept], seconds):.1f}" if kept in contenders else ""
+            rate = f"{1 / statistics.median(seconds):.2f}"
+            lines.append(
+                f"| {work} | {name} | {rate} | {times_as_fast(first, seconds):.1f} | {ratio} |"
+            )
+            work = ""
+    return "\n".join(lines)
+
+
+def indexing_table(result: dict[str, Any]) -> str:
+    """Return images a second of the indexer and of a plain loop, as a table in Markdown."""
+    lines = ["| | images a second | times as fast | encoder busy |", "|---" * 4 + "|"]
+    loop = next(iter(result["seconds"].values()))
+    for name, seconds in result["seconds"].items():
+        rate = result["images"] / statistics.median(seconds)
+        shares = result["busy"].get(name)
+        share = f"{statistics.median(shares):.0%}" if shares else ""
+        lines.append(f"| {name} | {rate:.1f} | {times_as_fast(loop, seconds):.2f} | {share} |")
+    return "\n".join(lines)
+
+
+def queries_table(result: dict[str, Any]) -> str:
+    """Return the times of commands, and of queries in a program that stays, in Markdown."""
+    lines = [f"| {result['images']:,} images, a process a command | s, median | least |"]
+    lines += ["|---|---|---|"]
+    for name, seconds in result["cold_s"].items():
+        lines.append(f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} |")
+    depths = [key for key in result["warm"][0] if key.isdigit()]
+    columns = [f"rerank {depth}: ms, p50 (p95)" for depth in depths]
+    lines += ["", "| a program that stays | " + " | ".join(columns) + " |"]
+    lines += ["|---" * (len(depths) + 1) + "|"]
+    for found in result["warm"]:
+        times = [
+            f"{found[depth]['p50_ms']:.0f} ({found[depth]['p95_ms']:.0f})" if depth in found else ""
+            for depth in depths
+        ]
+        lines.append(f"| {found['images']:,} images | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
+def times_as_fast(theirs: list[float], ours: list[float]) -> float:
+    """Return how many times as fast ours is: the median of the ratios of neighbours."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+_SPEED = {"vision_layers": inference_table, "busy": indexing_table, "cold_s": queries_table}
+
+
 def with_tables(page: str, results: Path = RESULTS) -> str:
     """Return a page with its tables as the results say."""
 
@@ -103,6 +162,8 @@ def with_tables(page: str, results: Path = RESULTS) -> str:
             table = tradeoff_table(result)
         elif "rows" in result:
             table = growth_table(result)
+        elif kind := next((key for key in _SPEED if key in result), None):
+            table = _SPEED[kind](result)
         else:
             table = (
                 f"{recall_table(result)}\n\n{result['captions']:,} captions of "
