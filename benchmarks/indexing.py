@@ -29,8 +29,6 @@ from ..retrieval.names import DEFAULT_MODEL
 from .crops import photographs
 from .tables import times_as_fast
 
-ROUNDS = 3
-
 
 class _Clocked:
     """An embedder that adds up the time it is busy."""
@@ -76,12 +74,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     files = photographs([args.images])[: args.count]
     seconds: dict[str, list[float]] = {}
     busy: dict[str, list[float]] = {}
-    for _ in range(ROUNDS):
+    for _ in range(args.rounds):
         seconds.setdefault("a plain loop, PyTorch", []).append(plain_loop(files))
         for name, backend in (("ours, PyTorch", "torch"), ("ours, ONNX Runtime", "onnx")):
             took, share = indexed(files, backend)  # type: ignore[arg-type]

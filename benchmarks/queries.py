@@ -25,7 +25,6 @@ from rich.table import Table
 from ..retrieval.engine import SearchEngine
 from .index_tradeoff import QUERIES
 
-ROUNDS = 10
 DEPTHS = (0, 16, 32, 128)
 _PROGRAM = [sys.executable, "-m", "blip2_search.cli.app"]
 
@@ -54,7 +53,7 @@ print(json.dumps(marks))
 """
 
 
-def cold(index: Path, rclip: str | None) -> dict[str, list[float]]:
+def cold(index: Path, rclip: str | None, rounds: int) -> dict[str, list[float]]:
     """Return the seconds of every command, in turns; the first round warms the caches."""
     ask = [*_PROGRAM, "query", "a dog in the snow", "--index", str(index), "--paths"]
     commands = {
@@ -67,7 +66,7 @@ def cold(index: Path, rclip: str | None) -> dict[str, list[float]]:
     if rclip:
         commands["rclip, imports alone"] = [rclip, "-c", "import rclip.main"]
     seconds: dict[str, list[float]] = {name: [] for name in commands}
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for name, command in commands.items():
             start = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
@@ -76,12 +75,12 @@ def cold(index: Path, rclip: str | None) -> dict[str, list[float]]:
     return seconds
 
 
-def stages(index: Path) -> dict[str, float]:
+def stages(index: Path, rounds: int) -> dict[str, float]:
     """Return the median seconds of each stage of a cold query."""
     command = [sys.executable, "-c", _STAGES, str(index), "a dog in the snow"]
     runs = [
         json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-        for _ in range(ROUNDS)
+        for _ in range(rounds)
     ]
     ends = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     names = list(ends)
@@ -110,13 +109,14 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--index", type=Path, action="append", required=True)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rclip-python", help="a Python that has rclip")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     report = {
         "images": SearchEngine(args.index[0]).info().images,
-        "cold_s": cold(args.index[0], args.rclip_python),
-        "stages_s": stages(args.index[0]),
+        "cold_s": cold(args.index[0], args.rclip_python, args.rounds),
+        "stages_s": stages(args.index[0], args.rounds),
         "warm": [warm(index) for index in args.index],
     }
     _print(report)

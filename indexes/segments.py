@@ -112,8 +112,8 @@ def read_records(folder: Path, segment: Segment) -> Iterator[tuple[int, ImageRec
         ValueError: the file is damaged.
         OSError: it cannot be read.
     """
-    table = _read_records(folder, segment)
-    ids, records = table.column("id").to_pylist(), _records_in(table)
+    table = read_record_table(folder, segment)
+    ids, records = table.column("id").to_pylist(), records_in(table)
     for row in segment.live:
         yield ids[row], records[row]
 
@@ -156,14 +156,16 @@ def is_outdated(segment: Segment) -> bool:
     return segment.features_at is None and segment.features_end - segment.features_start < _PAGE
 
 
-def read_records_at(folder: Path, segment: Segment, rows: Sequence[int]) -> list[ImageRecord]:
-    """The records of some rows, by their numbers in the file.
-
-    Raises:
-        ValueError: the file is damaged.
-        OSError: it cannot be read.
-    """
-    return _records_in(_read_records(folder, segment), rows)
+def records_in(table: pa.Table, rows: Sequence[int] | None = None) -> list[ImageRecord]:
+    """The records of some rows of `read_record_table`, by their numbers; None is all."""
+    names = [field.name for field in dataclasses.fields(ImageRecord)]
+    if rows is None:
+        columns = {name: table.column(name).to_pylist() for name in names}
+    else:  # not `take`: it loads pyarrow.compute, which a query would wait for
+        columns = {name: [table.column(name)[row].as_py() for row in rows] for name in names}
+    columns["path"] = [os.fsdecode(path) for path in columns["path"]]
+    values = zip(*columns.values(), strict=True)
+    return [ImageRecord(**dict(zip(names, row, strict=True))) for row in values]
 
 
 def read_rows(folder: Path, segment: Segment) -> pa.Table:
@@ -288,19 +290,13 @@ def _open(folder: Path, segment: Segment) -> pa.Buffer:
         return file.read_buffer()
 
 
-def _records_in(table: pa.Table, rows: Sequence[int] | None = None) -> list[ImageRecord]:
-    names = [field.name for field in dataclasses.fields(ImageRecord)]
-    if rows is None:
-        columns = {name: table.column(name).to_pylist() for name in names}
-    else:  # not `take`: it loads pyarrow.compute, which a query would wait for
-        columns = {name: [table.column(name)[row].as_py() for row in rows] for name in names}
-    columns["path"] = [os.fsdecode(path) for path in columns["path"]]
-    values = zip(*columns.values(), strict=True)
-    return [ImageRecord(**dict(zip(names, row, strict=True))) for row in values]
+def read_record_table(folder: Path, segment: Segment) -> pa.Table:
+    """All rows without their features, dead ones too, after a look at the checksum.
 
-
-def _read_records(folder: Path, segment: Segment) -> pa.Table:
-    """All rows without their features, after a look at the checksum."""
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be read.
+    """
     content = _open(folder, segment)
     start, end = segment.features_start, segment.features_end
     if _records_crc32(content, start, end) != segment.records_crc32:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -48,9 +49,10 @@ from .segments import (
     make_table,
     map_features,
     read_features,
+    read_record_table,
     read_records,
-    read_records_at,
     read_rows,
+    records_in,
     rescue_rows,
     write_segment,
 )
@@ -69,6 +71,7 @@ __all__ = [
 SEGMENT_ROWS = (
     8192  # the most images a segment: 128 MB of 32 x 256 features, what a merge holds in memory
 )
+RECORD_TABLES = 16  # segments whose records stay in memory between queries: about 1 MB each
 SHORTCUTS = "shortcuts"  # the folder of what `stored` keeps: derived from the segments
 RECALL = "recall.json"  # in it: what was measured of these images, and says nothing of others
 _SEGMENTS = "segments"
@@ -108,6 +111,8 @@ class Store:
         # by path, in the order of the rows; None: not read yet
         self._rows: dict[str, tuple[int, ImageRecord]] | None = None
         self._writing = False
+        read_table = functools.partial(read_record_table, self._folder)
+        self._record_table = functools.lru_cache(maxsize=RECORD_TABLES)(read_table)
 
     @classmethod
     def create(
@@ -249,9 +254,11 @@ class Store:
         for segment in self._state.segments:
             inside = rows[(start <= rows) & (rows < start + len(segment))]
             if len(inside):
-                live = np.array(segment.live)[inside - start]
+                places = inside - start
+                if segment.removed:
+                    places = np.array(segment.live)[places]
                 with self._reading(segment):
-                    records = read_records_at(self._folder, segment, live.tolist())
+                    records = records_in(self._record_table(segment), places.tolist())
                 found |= zip(inside.tolist(), records, strict=True)
             start += len(segment)
         return [found[row] for row in rows.tolist()]

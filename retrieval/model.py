@@ -194,10 +194,11 @@ class RetrievalModel(nn.Module):
         """
         tokens, scores = torch.as_tensor(image_tokens), [np.empty(0, np.float32)]
         for part in divide(len(tokens), texts, batch_size):
+            shared = len(tokens) == 1  # else each pair has an image of its own: nothing to look up
             logits = self.match_logits(
                 self.normalise_tokens(tokens[part.images].to(self.device, self.dtype)),
                 self.tokenize(part.texts),
-                torch.from_numpy(part.image_of).to(self.device),
+                torch.from_numpy(part.image_of).to(self.device) if shared else None,
                 torch.from_numpy(part.text_of).to(self.device),
             )
             scores.append(logits[:, MATCH].float().cpu().numpy())

@@ -105,4 +105,6 @@ def _session(graph: Path, options: Any) -> Any:
     import onnxruntime as ort
 
     options.log_severity_level = 3  # errors; its warnings are about its own optimisations
+    # Its threads would go on looking for work, on cores that decoding and searching need.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

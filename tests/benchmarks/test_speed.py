@@ -1,0 +1,51 @@
+"""The benchmarks of speed, on a few drawn images."""
+
+import json
+import sys
+
+from blip2_search.benchmarks import crops, indexing, queries, tables
+from blip2_search.retrieval.engine import SearchEngine
+
+
+def run(main, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+    main()
+
+
+def test_queries(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(queries, "DEPTHS", (0, 4))
+    SearchEngine(tmp_path / "index", device="cpu").add([photos])
+    out = tmp_path / "out.json"
+    run(
+        queries.main, monkeypatch, "--index", tmp_path / "index", "--rounds", 1,
+        "--out", out,
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    assert found["images"] == found["warm"][0]["images"] == 18
+    assert all(len(times) == 1 for times in found["cold_s"].values())
+    assert found["stages_s"].keys() >= {"command line", "search"}
+    assert found["warm"][0]["4"]["p50_ms"] > 0
+    assert "| 18 images | " in tables.queries_table(found)
+
+
+def test_indexing(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    run(indexing.main, monkeypatch, "--images", photos, "--count", 8, "--rounds", 1, "--out", out)
+    found = json.loads(out.read_text())
+    assert found["images"] == 8
+    assert list(found["seconds"]) == [
+        "a plain loop, PyTorch",
+        "ours, PyTorch",
+        "ours, ONNX Runtime",
+    ]
+    assert all(0 < share <= 1 for (share,) in found["busy"].values())
+    assert tables.indexing_table(found).count("\n") == 4
+
+
+def test_crops_are_the_same_each_time(photos, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        run(crops.main, monkeypatch, "--images", photos, "--count", 20, "--out", tmp_path / name)
+    one, two = (sorted((tmp_path / name).rglob("*.jpg")) for name in ("one", "two"))
+    assert len(one) == 20
+    assert [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
+    assert len({file.read_bytes() for file in one}) == 20
