@@ -97,6 +97,18 @@ def _ours(index: BoundedIndex, features: Float16) -> Contender:
     return Contender(_images_only(index.search), index.nbytes, features.nbytes + shortcuts)
 
 
+def on_a_gpu(features: Float16) -> Contender:
+    """Ours, exact, with all vectors in a GPU's memory."""
+    import torch
+
+    from ..retrieval.gpu_index import GpuIndex
+
+    if not torch.cuda.is_available():
+        raise ImportError("there is no GPU")
+    index = GpuIndex(features)
+    return Contender(_images_only(index.search), features.nbytes, features.nbytes)
+
+
 def flat(features: Float16) -> Contender:
     """FAISS's exact index over all vectors, over-fetched until there are enough images."""
     import faiss
@@ -284,6 +296,7 @@ def main() -> None:
         BASELINE: lambda: flat(features),
         "ours, exact": lambda: exact(features),
         "ours, compact": lambda: compact(features, calibration),
+        "ours, exact, on a GPU": lambda: on_a_gpu(features),
         "numpy, all vectors": lambda: brute_force(features),
         f"FAISS PQ of {POOLED} means, {RESCORED:,} rescored": lambda: faiss_pooled(features),
         **{f"FAISS {name}": lambda name=name: faiss_kind(features, name) for name in args.faiss},  # type: ignore[misc]

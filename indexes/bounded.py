@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .base import Float32, Int64, SearchResult
-from .directions import UNIT, Directions, find_directions
+from .directions import Directions, find_directions
 from .joined import Joined
 from .ranking import (
     IN_FLIGHT,
@@ -30,6 +30,8 @@ from .ranking import (
     check_features,
     check_k,
     check_queries,
+    length,
+    rounding,
     similarities_of,
     to_float32,
 )
@@ -160,7 +162,7 @@ class BoundedIndex:
                     for row, images in enumerate(self._nearest_means(split, wanted))
                 ]
             for query, (_, bounds) in zip(queries, near, strict=True):
-                bounds += np.float32(self._directions.margin(self._longest, _length(query)))
+                bounds += np.float32(self._directions.margin(self._longest, length(query)))
                 bounds[~np.isfinite(bounds)] = np.inf
         return near
 
@@ -192,7 +194,7 @@ class BoundedIndex:
         self, query: Float32, images: Int64, bounds: Float32, count: int
     ) -> tuple[Int64, Float32]:
         """The best of some images (n,) for a query, and their similarities."""
-        margin = self._rounding(query)
+        margin = rounding(query, self._longest)
         first = min(len(images), _FIRST * count)
         seen = np.argpartition(-bounds, first - 1)[:first]
         scores = self._approximate(images[seen], query)
@@ -209,10 +211,6 @@ class BoundedIndex:
         exact = similarities_of(self._features, images, query)
         best = best_first(exact, images, count)
         return images[best], exact[best]
-
-    def _rounding(self, query: Float32) -> float:
-        """The most by which two sums of the query's inner product with any vector can differ."""
-        return 1.01 * 2 * self.dim * (UNIT * _length(query) * self._longest + 2.0**-149)
 
     def _approximate(self, images: Int64, query: Float32) -> npt.NDArray[np.float64]:
         """The similarities of some images but for rounding: (n,) -> (n,)."""
@@ -244,10 +242,6 @@ def index_in_memory(
     found = find_directions(features, directions)
     shortcut = make_shortcut(found, features)
     return BoundedIndex(Joined([features]), [shortcut], found, candidates=candidates)
-
-
-def _length(query: Float32) -> float:
-    return float(np.linalg.norm(query.astype(np.float64)))
 
 
 def _maxima(bounds: Float32, split: Float32) -> Float32:

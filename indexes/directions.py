@@ -30,8 +30,8 @@ import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
 
 from .base import Float32
 from .files import replace_file
+from .ranking import UNIT
 
-UNIT = 2.0**-24  # of float32's rounding
 TINY = 2.0**-55  # added to lengths, for what their squares lose to underflow
 _VERSION = "1"  # of how shortcuts are computed: part of the key
 _ENERGY = 0.95  # of the vectors, that the directions must hold

@@ -16,6 +16,7 @@ from .base import Float32, Int64
 from .errors import VectorIndexError
 from .joined import Joined
 
+UNIT = 2.0**-24  # of float32's rounding
 CACHED = 1 << 18  # numbers computed with at once: 1 MB in float32 stays in a core's cache
 IN_FLIGHT = 1 << 22  # numbers held at once: 16 MB in float32
 _SIGN_EXPONENT_MANTISSA = np.uint32(0x8FFFE000).view(
@@ -110,6 +111,21 @@ def similarities_of(features: npt.NDArray[Any] | Joined, images: Int64, query: F
     for part in blocks(len(images), int(np.prod(features.shape[1:])), IN_FLIGHT):
         scores[part] = similarities(features[images[part]], query)
     return scores
+
+
+def rounding(query: Float32, longest: float) -> float:
+    """The most by which two float32 sums of a query's (E,) inner product with any vector can differ.
+
+    Args:
+        query: the query.
+        longest: no vector's length is greater.
+    """
+    return 1.01 * 2 * len(query) * (UNIT * length(query) * longest + 2.0**-149)
+
+
+def length(query: Float32) -> float:
+    """The length of a query (E,)."""
+    return float(np.linalg.norm(query.astype(np.float64)))
 
 
 def best_first(scores: Float32, images: Int64, k: int) -> Int64:

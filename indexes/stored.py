@@ -131,6 +131,17 @@ class StoredIndex:
             return index
         return index.compact(self.measured.candidates, self.measured.mean_directions)
 
+    def features(self) -> Joined:
+        """The features of all images (N, Q, E), read as they are used.
+
+        Raises:
+            StoreCorruptError: a segment is damaged, as far as that is looked at.
+        """
+        return Joined(
+            [self.store.map_features(segment) for segment in self.store.segments],
+            [np.array(x.live) if x.removed else None for x in self.store.segments],
+        )
+
     def refresh(self) -> None:
         """Makes what is missing, and deletes what has become useless; within `store.writing()`.
 
@@ -191,7 +202,7 @@ class StoredIndex:
         ]
 
     def _exact(self, directions: Directions) -> BoundedIndex:
-        features = self._features()
+        features = self.features()
         shortcuts = [
             self._read(self._path(segment, directions), segment, directions)
             or make_shortcut(directions, part)
@@ -199,16 +210,10 @@ class StoredIndex:
         ]
         return BoundedIndex(features, shortcuts, directions)
 
-    def _features(self) -> Joined:
-        return Joined(
-            [self.store.map_features(segment) for segment in self.store.segments],
-            [np.array(x.live) if x.removed else None for x in self.store.segments],
-        )
-
     def _find(self) -> Directions:
         images, manifest = len(self.store), self.store.manifest
         step = -(-images * manifest.num_vectors // SAMPLE)
-        sample = self._features()[np.arange(0, images, step)]
+        sample = self.features()[np.arange(0, images, step)]
         if not np.isfinite(sample).all():
             raise StoreCorruptError(
                 f"The index in {self.store.directory} holds numbers that are not finite: mend it "

@@ -5,21 +5,29 @@ The features are small whole numbers: every similarity is exact, and many of the
 
 import numpy as np
 import pytest
+import torch
 
 from blip2_search.indexes.base import search_any
 from blip2_search.indexes.bounded import index_in_memory
 from blip2_search.indexes.errors import Blip2SearchError, VectorIndexError
 from blip2_search.indexes.exact import ExactIndex
+from blip2_search.retrieval.gpu_index import GpuIndex
+
+ON_A_GPU = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+)
 
 
-@pytest.fixture(params=["exact", "bounded", "one direction"])
+@pytest.fixture(params=["exact", "bounded", "one direction", "cpu", ON_A_GPU])
 def build(request):
     """Return what makes an index."""
     if request.param == "exact":
         return ExactIndex
     if request.param == "bounded":
         return index_in_memory
-    return lambda features: index_in_memory(features, directions=1)
+    if request.param == "one direction":
+        return lambda features: index_in_memory(features, directions=1)
+    return lambda features: GpuIndex(features, request.param)
 
 
 def whole_numbers(*shape, seed=0):

@@ -242,6 +242,12 @@ def test_a_model_that_moved_is_a_clear_error(photos, tmp_path, tiny_model):
     assert SearchEngine(tmp_path / "index", str(tmp_path / "moved")).search("a bar", k=1)
 
 
+def test_vectors_held_on_a_device_give_the_same_hits(engine, tiny_model):
+    held = SearchEngine(engine.path, tiny_model, search_device="cpu")
+    for text in ("a red circle", "a blue bar"):
+        assert held.search(text, k=7, rerank=0) == engine.search(text, k=7, rerank=0)
+
+
 def test_an_interrupt_inside_a_commit_appends_nothing_twice(
     photos, tmp_path, tiny_model, monkeypatch
 ):
