@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from ..retrieval.names import DEFAULT_MODEL
 from ..retrieval.onnx_export import write_graphs
 from ..retrieval.onnx_model import OnnxModel
 from ..retrieval.own_format import EMBEDDED
-from .tables import times_as_fast
+from .tables import KEPT, times_as_fast
 
 TEXT = "two men in red shirts are playing football on a muddy field"
 ROUNDS = 3
@@ -53,18 +52,10 @@ class _Kept(nn.Module):
         self.tokens = tokens
 
     def forward(self, pixel_values: Tensor, **_: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
         tokens = self.tokens[: len(pixel_values)]
-        return _Output((tokens, tokens[:, 0]))
-
-
-class _Output(tuple[Any, ...]):
-    """What a vision model returns: a tuple whose parts have names, too."""
-
-    @property
-    def last_hidden_state(self) -> Tensor:
-        """The tokens (N, P, D)."""
-        found: Tensor = self[0]
-        return found
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens[:, 0])
 
 
 def their_model(vision_layers: int, folder: Path) -> Any:
@@ -153,8 +144,7 @@ def _measure(
 
     tokens = torch.randn(candidates, 257, 1408)
     theirs.vision_model = _Kept(tokens)
-    # The stand-in looks at their number alone.
-    many = SimpleNamespace(pixels=torch.zeros(candidates, 3, 1, 1))
+    blank = torch.zeros(candidates, 3, 1, 1)  # the stand-in looks at their number alone
     compiled = in_onnx(ours, folder)
     array = tokens.numpy()
     # Theirs normalises the tokens in the vision model, ours behind it.
@@ -163,15 +153,15 @@ def _measure(
     everything = {"input_ids": words.token_ids, "attention_mask": words.mask.long()}
 
     def ask_texts() -> Any:
-        return theirs(pixel_values=many.pixels, use_image_text_matching_head=True, **everything)
+        return theirs(pixel_values=blank, use_image_text_matching_head=True, **everything)
 
     to_images = naive | alternate({
-        "transformers, its images kept by hand": (lambda: ask(many.pixels, itm=True), candidates),
+        KEPT: (lambda: ask(blank, itm=True), candidates),
         "ours, PyTorch": (lambda: ours.match(array, [TEXT] * candidates), candidates),
         "ours, ONNX Runtime": (lambda: compiled.match(array, [TEXT] * candidates), candidates),
     })  # fmt: skip
     to_texts = naive | alternate({
-        "transformers, its images kept by hand": (ask_texts, candidates),
+        KEPT: (ask_texts, candidates),
         "ours, PyTorch": (lambda: ours.match(array[:1], texts), candidates),
         "ours, ONNX Runtime": (lambda: compiled.match(array[:1], texts), candidates),
     })  # fmt: skip
@@ -187,7 +177,7 @@ def _print(seconds: dict[str, dict[str, list[float]]]) -> None:
     for work, contenders in seconds.items():
         rows = list(contenders.items())
         for i, (name, times) in enumerate(rows):
-            kept = contenders.get("transformers, its images kept by hand")
+            kept = contenders.get(KEPT)
             table.add_row(
                 "" if i else work, name, f"{1 / statistics.median(times):.2f}",
                 f"{times_as_fast(rows[0][1], times):.2f}",

@@ -35,9 +35,9 @@ def default_index() -> Path:
 
 def default_cache() -> Path:
     """Return the folder of encoded images when nobody names one: in the user's cache directory."""
-    from platformdirs import user_cache_path
+    from ..retrieval.cache import cache_folder
 
-    return user_cache_path("blip2-search", appauthor=False) / "tokens"
+    return cache_folder() / "tokens"
 
 
 def set_verbose(verbose: bool) -> bool:

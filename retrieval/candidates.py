@@ -157,9 +157,8 @@ def _encoder_tokens(
         seen = list(pool.map(look_at, images))
     tokens: dict[int, npt.NDArray[Any]]
     tokens = {row: found for row, (found, _) in enumerate(seen) if found is not None}
-    rows = [row for row, (_, found) in enumerate(seen) if found is not None]
-    for start in range(0, len(rows), _BATCH):
-        some = rows[start : start + _BATCH]
-        pixels = [found for row in some if (found := seen[row][1]) is not None]
-        tokens |= zip(some, model.encode(np.stack(pixels)).tokens, strict=True)
+    rest = [(row, found) for row, (_, found) in enumerate(seen) if found is not None]
+    for start in range(0, len(rest), _BATCH):
+        rows, pixels = zip(*rest[start : start + _BATCH], strict=True)
+        tokens |= zip(rows, model.encode(np.stack(pixels)).tokens, strict=True)
     return tokens

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..indexes.base import Float32
-from .embedder import NO_TOKENS, EncodedImages, encode_in_batches
+from .embedder import NO_TOKENS, EncodedImages, EncodesImages
 from .errors import CheckpointError, DeviceMemoryError
 from .fingerprint import fingerprint
 from .names import OPEN_CLIP
@@ -42,7 +42,7 @@ class _Transform:
         return pixels
 
 
-class DualEncoder(nn.Module):
+class DualEncoder(nn.Module, EncodesImages):
     """An open_clip model as an `Embedder`, with Q = 1."""
 
     num_vectors = 1
@@ -108,15 +108,6 @@ class DualEncoder(nn.Module):
     def features_from_encoder(self, tokens: Tensor) -> Tensor:
         """Return (N, 1, E), float32, each of length 1 again."""
         return F.normalize(tokens.to(self.device).float(), dim=-1)
-
-    @torch.inference_mode()
-    def encode_images(self, images: Sequence[ImageLike], batch_size: int = 32) -> Float32:
-        """Return the vectors of images: (N, 1, E), float32, each of length 1.
-
-        Raises:
-            ImageReadError: an image cannot be decoded.
-        """
-        return encode_in_batches(self, images, batch_size)
 
     @torch.inference_mode()
     def encode(self, pixels: Float32, *, keep_tokens: bool = True) -> EncodedImages:

@@ -143,17 +143,24 @@ class TensorEmbedder(Embedder, Protocol):
         """Return the vectors of the encoder's tokens (N, P, D): (N, Q, E), float32."""
 
 
-def encode_in_batches(model: Embedder, images: Sequence[ImageLike], batch_size: int) -> Float32:
-    """Return the vectors (N, Q, E) of images: what `encode_images` does.
+class EncodesImages:
+    """What every embedder makes of `image_transform` and `encode`."""
 
-    Raises:
-        ImageReadError: an image cannot be decoded.
-    """
-    found = [np.empty((0, model.num_vectors, model.embedding_size), np.float32)]
-    for start in range(0, len(images), batch_size):
-        pixels = [model.image_transform(image) for image in images[start : start + batch_size]]
-        found.append(model.encode(np.stack(pixels), keep_tokens=False).features)
-    return np.concatenate(found)
+    def encode_images(self: Embedder, images: Sequence[ImageLike], batch_size: int = 32) -> Float32:
+        """Return the vectors of images: (N, Q, E), float32, each of length 1.
+
+        Args:
+            images: paths or PIL images.
+            batch_size: images a pass.
+
+        Raises:
+            ImageReadError: an image cannot be decoded.
+        """
+        found = [np.empty((0, self.num_vectors, self.embedding_size), np.float32)]
+        for start in range(0, len(images), batch_size):
+            pixels = [self.image_transform(image) for image in images[start : start + batch_size]]
+            found.append(self.encode(np.stack(pixels), keep_tokens=False).features)
+        return np.concatenate(found)
 
 
 def as_reranker(model: Embedder) -> Reranker:

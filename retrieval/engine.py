@@ -321,21 +321,22 @@ class SearchEngine:
         """
         if k < 1 or (rerank or 0) < 0:
             raise VectorIndexError("k must be at least 1 and rerank at least 0")
-        _, model = self._ready()
+        opened, model = self._ready()
         if isinstance(query, str):
             depth = _rerank_depth(model, rerank)
             vectors = model.encode_texts([query])
         else:
             depth, vectors = 0, model.encode_images([query])[0]
-        images, itc = self._nearest(vectors, max(k, depth))
+        images, itc = self._nearest(opened, vectors, max(k, depth))
         if not depth:
             return hits_by_itc(images, itc)
         kept = TokenFiles(self.path, model.fingerprint)
         return reranked(as_reranker(model), kept, str(query), images, itc)[:k]
 
-    def _nearest(self, vectors: Float32, count: int) -> tuple[list[ImageRecord], Float32]:
+    def _nearest(
+        self, opened: _Opened, vectors: Float32, count: int
+    ) -> tuple[list[ImageRecord], Float32]:
         """Find the images nearest to any of some vectors (M, E), and their similarities (count,)."""
-        opened, _ = self._ready()
         scores, images = search_any(opened.index, vectors, count)
         try:
             return opened.store.records_at(images), scores

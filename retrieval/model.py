@@ -22,9 +22,9 @@ from .config import ModelConfig
 from .embedder import (
     NO_TOKENS,
     EncodedImages,
+    EncodesImages,
     TensorEmbedder,
     as_reranker,
-    encode_in_batches,
 )
 from .encoders import build_encoder
 from .errors import DeviceMemoryError
@@ -47,7 +47,7 @@ class QueryPass(NamedTuple):
     keys_values: tuple[KeyValue, ...]  # for the ITG pass
 
 
-class RetrievalModel(nn.Module):
+class RetrievalModel(nn.Module, EncodesImages):
     """BLIP-2 stage 1 (arXiv 2301.12597, section 3.1)."""
 
     reranks = True
@@ -120,19 +120,6 @@ class RetrievalModel(nn.Module):
         return self.ln_vision.weight.dtype
 
     @torch.inference_mode()
-    def encode_images(self, images: Sequence[ImageLike], batch_size: int = 32) -> Float32:
-        """Return the ITC features of images: (N, Q, E), float32, each vector of length 1.
-
-        Args:
-            images: paths or PIL images.
-            batch_size: images a pass.
-
-        Raises:
-            ImageReadError: an image cannot be decoded.
-        """
-        return encode_in_batches(self, images, batch_size)
-
-    @torch.inference_mode()
     def encode(self, pixels: Float32, *, keep_tokens: bool = True) -> EncodedImages:
         """Return the ITC features of pixels (N, 3, S, S), and the encoder's tokens, for `match`.
 
@@ -168,10 +155,10 @@ class RetrievalModel(nn.Module):
         """
         if not images:
             raise ValueError("image_tokens needs at least one image")
-        parts = [
-            self.encode_pixels(torch.from_numpy(self._pixels(images[start : start + batch_size])))
-            for start in range(0, len(images), batch_size)
-        ]
+        parts = []
+        for start in range(0, len(images), batch_size):
+            pixels = [self.image_transform(image) for image in images[start : start + batch_size]]
+            parts.append(self.encode_pixels(torch.from_numpy(np.stack(pixels))))
         return torch.cat(parts)
 
     @torch.inference_mode()
@@ -215,9 +202,6 @@ class RetrievalModel(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> TextBatch:
         """Clean and tokenise captions onto the model's device."""
         return TextBatch.of(self.text_transform(texts)).to(self.device)
-
-    def _pixels(self, images: Sequence[ImageLike]) -> Float32:
-        return np.stack([self.image_transform(image) for image in images])
 
     # ---- for the losses: tensors in, tensors out ----------------------------------------------
 

@@ -97,8 +97,7 @@ def export(name: str) -> Path:
 
 def _export_into(folder: Path, name: str) -> None:
     """Make the folder, whole or not at all, in place of an older one."""
-    for left in folder.parent.glob(f"{folder.name}.*{TEMPORARY}"):  # of a killed run
-        shutil.rmtree(left, ignore_errors=True)
+    _sweep(folder)  # what a killed run left
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}{TEMPORARY}")
     made_of = sources(name)  # before loading: what changes meanwhile makes the export outdated
     model = load_model(name, device="cpu")
@@ -109,8 +108,12 @@ def _export_into(folder: Path, name: str) -> None:
             folder.rename(partial.with_suffix(f".old{TEMPORARY}"))
         partial.rename(folder)
     finally:
-        for left in folder.parent.glob(f"{folder.name}.*{TEMPORARY}"):
-            shutil.rmtree(left, ignore_errors=True)
+        _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    for left in folder.parent.glob(f"{folder.name}.*{TEMPORARY}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_packages() -> None:

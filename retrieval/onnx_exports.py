@@ -10,6 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from .cache import cache_folder
 from .errors import CheckpointError
 from .names import DEFAULT_MODEL, NAMES, SHORT_NAMES, canonical
 from .own_format import EMBEDDED, FILES, read_json
@@ -39,13 +40,6 @@ def export_folder(name: str) -> Path:
         return EMBEDDED / name
     digest = hashlib.blake2b(canonical(name).encode(), digest_size=8).hexdigest()
     return cache_folder() / "onnx" / digest
-
-
-def cache_folder() -> Path:
-    """Return the project's folder in the user's cache."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("blip2-search", appauthor=False)
 
 
 def sources(name: str) -> dict[str, list[int]]:

@@ -23,18 +23,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ..indexes.base import Float32
-from .embedder import NO_TOKENS, EncodedImages, encode_in_batches
-from .onnx_exports import DESCRIPTION, cache_folder
+from .cache import cache_folder
+from .embedder import NO_TOKENS, EncodedImages, EncodesImages
+from .onnx_exports import DESCRIPTION
 from .onnx_sessions import open_session
 from .own_format import load_tokenizer, read_config, read_json
 from .pairing import divide
-from .preprocess import ImageLike, ImageTransform, TextTransform
+from .preprocess import ImageTransform, TextTransform
 
 # They have to start at once. The encoder gains more by what its own processor likes best.
 _FOR_QUERIES = ("texts", "match")
 
 
-class OnnxModel:
+class OnnxModel(EncodesImages):
     """An exported BLIP-2 retrieval model: a `Reranker` on the CPU."""
 
     reranks = True
@@ -73,14 +74,6 @@ class OnnxModel:
         tokens, features = self._session("images").run(None, {"pixels": pixels})
         return EncodedImages(tokens if keep_tokens else NO_TOKENS, features)
 
-    def encode_images(self, images: Sequence[ImageLike], batch_size: int = 32) -> Float32:
-        """Return the ITC features of images: (N, Q, E), float32, each vector of length 1.
-
-        Raises:
-            ImageReadError: an image cannot be decoded.
-        """
-        return encode_in_batches(self, images, batch_size)
-
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float32:
         """Return the ITC features of captions: (B, E), float32, each vector of length 1."""
         found = [np.empty((0, self.embedding_size), np.float32)]
@@ -92,16 +85,7 @@ class OnnxModel:
     def match(
         self, image_tokens: npt.NDArray[Any], texts: Sequence[str], batch_size: int = 64
     ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        """Return the ITM logit "these match" of pairs: (B,), float32; raw, no softmax.
-
-        Args:
-            image_tokens: (B, P, D), of `encode`; (1, P, D) pairs one image with all texts.
-            texts: B captions; the i-th is scored against the i-th image.
-            batch_size: pairs a pass.
-
-        Raises:
-            ValueError: the two are not equally many.
-        """
+        """Return the ITM logit "these match" of pairs: (B,), float32; see `Reranker.match`."""
         logits = [np.empty(0, np.float32)]
         for part in divide(len(image_tokens), texts, batch_size):
             inputs = {

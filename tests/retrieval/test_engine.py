@@ -531,7 +531,7 @@ class TestKinds:
         other_store = Store.open(other.path)
         engine._ready = ready
         vectors = engine._model.encode_texts(["a red circle"])
-        found, _ = engine._nearest(vectors, 4)
+        found, _ = engine._nearest(engine._ready()[0], vectors, 4)
         assert [image.path for image in found] == [hit.path for hit in before[:4]]
 
     def test_compact_gives_back_the_room_of_removed_images(self, engine, photos):
