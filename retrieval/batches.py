@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     """One process's pairs of a batch."""
 
     images: Tensor  # pixels (b, 3, S, S), or encoder tokens (b, P, D), float32
-    captions: list[str]
+    captions: list[str]  # b * K: the K of an image one after the other
     group_ids: Tensor  # (b,), int64
     skipped: list[str]  # why images were left out since the last batch, each with its name
 
@@ -54,17 +54,20 @@ class CachedTokens:
 
     encoded = True
 
-    def __init__(self, data: Sequence[CaptionedImage], cache: TokenCache) -> None:
+    def __init__(
+        self, data: Sequence[CaptionedImage], cache: TokenCache, captions_per_image: int = 1
+    ) -> None:
         """Take the cache of the images' paths, in their order."""
         self._data = [data[row] for row in cache.rows]
         if not self._data:
             raise DatasetError(f"no image can be read: {cache.skipped[0]}")
         self._groups = group_numbers(self._data)
         self._cache = cache
+        self._captions_per_image = captions_per_image
         self.images: int | None = len(self._data)
 
     def batches(self, batch_size: int, first: int, seed: int, world: World) -> Iterator[Batch]:
-        """Yield batches; one view and one caption of each image are drawn."""
+        """Yield batches; of each image one view is drawn, and its captions."""
         skipped = list(self._cache.skipped)
         for number in itertools.count(first):
             epoch, rows = epoch_rows(number, len(self._data), batch_size, seed)
@@ -72,7 +75,8 @@ class CachedTokens:
             tokens, captions = [], []
             for row in rows:
                 generator = np.random.default_rng((seed, epoch, int(row)))
-                captions.append(_draw_caption(self._data[row], generator))
+                of_image = self._data[row].captions
+                captions += draw_captions(of_image, self._captions_per_image, generator)
                 views = self._cache.tokens[row]
                 tokens.append(views[generator.integers(len(views))])
             images = torch.from_numpy(np.stack(tokens)).float()
@@ -142,15 +146,17 @@ def group_numbers(data: Sequence[CaptionedImage]) -> npt.NDArray[np.int64]:
     return np.array([numbers[image.group] for image in data], dtype=np.int64)
 
 
-def _draw_caption(image: CaptionedImage, generator: np.random.Generator) -> str:
-    return image.captions[generator.integers(len(image.captions))]
+def draw_captions(captions: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
+    """Draw so many different captions; where there are fewer, they come again."""
+    order = generator.permutation(len(captions))
+    return [captions[i] for i in np.resize(order, count).tolist()]
 
 
 class Drawn(NamedTuple):
-    """One image and caption, as a worker draws them."""
+    """One image and its captions, as a worker draws them."""
 
     pixels: Float32  # (3, S, S)
-    caption: str
+    captions: list[str]
     group: int
     skipped: list[str]
 
@@ -194,9 +200,10 @@ class _Drawings(Dataset["Drawn | DatasetError"]):
                 skipped.append(str(error))
                 continue
             generator = np.random.default_rng((self._seed, epoch, candidate))
-            caption = _draw_caption(image, generator)
+            count = self._config.captions_per_image
+            captions = draw_captions(image.captions, count, generator)
             pixels = crop_to_pixels(loaded, self._transform, self._config, generator)
-            return Drawn(pixels, caption, int(self._groups[candidate]), skipped)
+            return Drawn(pixels, captions, int(self._groups[candidate]), skipped)
         return DatasetError(f"none of the {len(self._data)} images can be read: {skipped[0]}")
 
 
@@ -207,7 +214,7 @@ def _collate(items: Sequence[Drawn | DatasetError]) -> Batch | DatasetError:
             return item
     return Batch(
         torch.from_numpy(np.stack([one.pixels for one in drawn])),
-        [one.caption for one in drawn],
+        [caption for one in drawn for caption in one.captions],
         torch.tensor([one.group for one in drawn]),
         [reason for one in drawn for reason in one.skipped],
     )

@@ -20,7 +20,10 @@ from .text_batch import TextBatch
 
 
 class ITC(NamedTuple):
-    """The contrastive loss, and the similarities / temperature that it was taken of."""
+    """The contrastive loss, and the similarities / temperature that it was taken of.
+
+    Where an image has several captions, those of its first one.
+    """
 
     loss: Tensor
     image_to_text: Tensor  # (b, B)
@@ -48,15 +51,19 @@ def itc_loss(
 
     Args:
         image_features: (b, Q, E), normalised.
-        text_features: (b, E), normalised.
+        text_features: (b * K, E), normalised; the K captions of an image one after the other.
         temperature: the learned scalar that similarities are divided by.
         group_ids: (b,), int64.
     """
     image_to_text = max_over_queries(image_features, gather(text_features)) / temperature
     text_to_image = max_over_queries(gather(image_features), text_features).T / temperature
-    targets = itc_targets(group_ids, gather(group_ids))
-    loss = F.cross_entropy(image_to_text, targets) + F.cross_entropy(text_to_image, targets)
-    return ITC(loss / 2, image_to_text, text_to_image)
+    captions = len(text_features) // len(image_features)
+    text_ids = group_ids.repeat_interleave(captions)
+    loss = (
+        F.cross_entropy(image_to_text, itc_targets(group_ids, gather(text_ids)))
+        + F.cross_entropy(text_to_image, itc_targets(text_ids, gather(group_ids)))
+    ) / 2
+    return ITC(loss, image_to_text[:, ::captions], text_to_image[::captions])
 
 
 @torch.no_grad()

@@ -227,8 +227,17 @@ class RetrievalModel(nn.Module, EncodesImages):
 
     def text_features(self, text: TextBatch) -> Tensor:
         """Return ITC text features (B, E), from the text's [CLS], seeing nothing but the text."""
+        return self.features_from_text(self.text_states(text))
+
+    def text_states(self, text: TextBatch) -> Tensor:
+        """Return the states of [CLS] (B, H) that ITC text features are made of."""
         out = self.qformer(token_ids=text.token_ids, mask=uni_modal_mask(0, text.mask))
-        return _normalise(self.text_proj(out.text[:, 0]))
+        states: Tensor = out.text[:, 0]
+        return states
+
+    def features_from_text(self, states: Tensor) -> Tensor:
+        """Return ITC text features (B, E) of what `text_states` gives."""
+        return _normalise(self.text_proj(states))
 
     def match_logits(
         self,

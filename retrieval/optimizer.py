@@ -13,6 +13,10 @@ from .recipe import TrainConfig
 
 # Layers that start from random numbers where the Q-Former starts from a BERT.
 NEW = ("query_tokens", "cross_attention", "ln_vision", "image_positions", "_proj.", "itm_head")
+# What captions pass through; the self-attention serves the queries too (BLIP-2, section 3.1).
+TEXT_HALF = (
+    "word_embeddings", "position_embeddings", "embedding_norm", "self_attention", "text_ffn",
+)  # fmt: skip
 NOT_DECAYED = (
     "query_tokens", "image_positions", "cls_token", "class_embedding",
     "pos_embed", "position_embedding", "positional_embedding",
@@ -49,13 +53,16 @@ def hardness(step: int, config: TrainConfig) -> float:
 
 
 def freeze_unused(model: RetrievalModel, config: TrainConfig) -> None:
-    """Decide what is trained: not a frozen encoder, nor the head of an objective without weight."""
+    """Decide what is trained: no frozen half, nor the head of an objective without weight."""
     model.requires_grad_(True)
     model.image_encoder.freeze(not config.train_encoder)
     if config.train_encoder and config.encoder_layers is not None:
         above = layers_above([name for name, _ in model.image_encoder.named_parameters()])
         for name, parameter in model.image_encoder.named_parameters():
             parameter.requires_grad_(above[name] <= config.encoder_layers)
+    if config.freeze_text:
+        for name, parameter in model.qformer.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in TEXT_HALF))
     model.itm_head.requires_grad_(config.itm_weight > 0)
     for itc_only in (model.vision_proj, model.text_proj, model.temperature):
         itc_only.requires_grad_(config.itc_weight > 0)

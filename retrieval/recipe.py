@@ -38,6 +38,8 @@ class StartConfig:
     checkpoint: str = ""
     bert: str = ""
     encoder: str = ""
+    # Forget a checkpoint's query half: it starts again as that of a new model does.
+    renew_queries: bool = False
     # Query tokens start as a sentence, [CLS] ... [SEP], of these num_queries - 2 words; without words
     # they are random, as in the paper.
     query_words: tuple[str, ...] = ()
@@ -47,6 +49,10 @@ class StartConfig:
         object.__setattr__(self, "query_words", tuple(self.query_words))
         if bool(self.checkpoint) == bool(self.bert):
             raise ValueError("[start] names either a checkpoint or a bert")
+        if self.checkpoint and self.query_words and not self.renew_queries:
+            raise ValueError("query_words are for a new query half: renew_queries = true")
+        if self.bert and self.renew_queries:
+            raise ValueError("renew_queries is for a checkpoint: with a bert all queries are new")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,9 @@ class DataConfig:
     # What an epoch is made of: "images", one caption of each drawn at random, or "captions", each
     # with its image; then captions of one image may meet in a batch.
     rows: Literal["images", "captions"] = "images"
+    # Captions of an image that ITC takes as its positives at once, drawn at random; those of an image
+    # with fewer are repeated. ITM and ITG take the first.
+    captions_per_image: int = 1
     augment: bool = True  # random resized crop and flip
     crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the area that a random crop keeps
     flip: bool = True
@@ -81,6 +90,10 @@ class DataConfig:
             raise ValueError("crop_scale is two shares of the area, 0 < low <= high <= 1")
         if self.text_tokens < 3 or self.views < 0 or self.workers < 0:
             raise ValueError("text_tokens is at least 3, views and workers at least 0")
+        if self.captions_per_image < 1:
+            raise ValueError("captions_per_image is at least 1")
+        if self.captions_per_image > 1 and self.rows == "captions":
+            raise ValueError("data.rows = 'captions' is one caption an image already")
         if not 0 <= self.validation_share < 1:
             raise ValueError("validation_share is in [0, 1)")
         if self.rows == "captions" and self.views:
@@ -119,6 +132,9 @@ class TrainConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float | None = None
+    # Leave what captions pass through as it is (self-attention, text feed-forward, embeddings) and
+    # train the query half to match: locked-text tuning. A caption is then encoded once in a run.
+    freeze_text: bool = False
     # The encoder
     train_encoder: bool = False
     encoder_layers: int | None = None  # train the uppermost so many only; None is all

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .augment import crop_to_pixels
-from .batches import Batch, Drawn, load_batches
+from .batches import Batch, Drawn, draw_captions, load_batches
 from .data import CAPTION_COLUMNS
 from .distributed import World
 from .errors import DatasetError, ImageReadError
@@ -91,7 +91,7 @@ class _Samples(IterableDataset["Drawn | DatasetError"]):
             for sample in samples:
                 name = f"{sample.get('__url__', '')}/{sample['__key__']}"
                 try:
-                    caption = _caption_of(sample, generator)
+                    captions = _captions_of(sample)
                     image = load_image(io.BytesIO(_image_of(sample)))
                 except (ImageReadError, DatasetError) as error:
                     if skip(f"{name}: {error}"):
@@ -99,7 +99,10 @@ class _Samples(IterableDataset["Drawn | DatasetError"]):
                     break
                 pixels = crop_to_pixels(image, self._transform, self._config, generator)
                 digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
-                yield Drawn(pixels, caption, int.from_bytes(digest, "big"), list(skipped))
+                group = int.from_bytes(digest, "big")
+                count = self._config.captions_per_image
+                drawn = draw_captions(captions, count, generator)
+                yield Drawn(pixels, drawn, group, list(skipped))
                 skipped.clear()
         except Exception as error:  # of the pipeline, after the handler gave up
             yield DatasetError(f"the shards cannot be read: {error}")
@@ -126,9 +129,9 @@ def _image_of(sample: dict[str, Any]) -> bytes:
     raise DatasetError("the sample has no .jpg, .jpeg, .png or .webp")
 
 
-def _caption_of(sample: dict[str, Any], generator: np.random.Generator) -> str:
+def _captions_of(sample: dict[str, Any]) -> list[str]:
     if "txt" in sample:
-        return str(sample["txt"].decode(errors="replace"))
+        return [sample["txt"].decode(errors="replace")]
     try:
         fields = json.loads(sample["json"])
         found = next(fields[name] for name in CAPTION_COLUMNS if name in fields)
@@ -141,4 +144,4 @@ def _caption_of(sample: dict[str, Any], generator: np.random.Generator) -> str:
         or not all(isinstance(c, str) for c in captions)
     ):
         raise DatasetError(f"{found!r} is no caption")
-    return str(captions[generator.integers(len(captions))])
+    return captions

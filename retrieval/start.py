@@ -14,6 +14,7 @@ from .config import ModelConfig
 from .errors import CheckpointError
 from .loading import load_model
 from .model import RetrievalModel
+from .optimizer import NEW
 from .own_format import load_tokenizer
 from .recipe import Recipe
 
@@ -30,13 +31,15 @@ def starting_model(recipe: Recipe) -> RetrievalModel:
     start = recipe.start
     if start.checkpoint:
         model = load_model(start.checkpoint, device="cpu", dtype="float32")
+        if start.renew_queries:
+            _renew_queries(model)
     else:
         assert recipe.model is not None
         model = new_model(recipe.model, start.bert)
         if start.encoder:
             _fill_encoder(model, start.encoder)
-        if start.query_words:
-            _start_queries(model, start.query_words)
+    if start.query_words:
+        _start_queries(model, start.query_words)
     if recipe.data.image_size is not None:
         resize_images(model, recipe.data.image_size)
     model.refresh_fingerprint()
@@ -166,6 +169,17 @@ def _copy_language_model_head(
             _copy(ours[f"{name}.{kind}"], bert[their_name], f"{source}: {their_name}")
     bias = bert["cls.predictions.bias"]
     _copy(ours["bias"][: len(bias)], bias, f"{source}: cls.predictions.bias")
+
+
+def _renew_queries(model: RetrievalModel) -> None:
+    """Start the query half again, its feed-forward as a copy of the text's."""
+    state = RetrievalModel(model.config, model.text_transform).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(("image_encoder.", "text_proj.")) or not any(n in name for n in NEW):
+            state[name] = tensor
+        if "text_ffn" in name:
+            state[name.replace("text_ffn", "query_ffn")] = tensor
+    model.load_state_dict(state)
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ class Objectives(nn.Module):
         self.config = config
         self.encoded = encoded
         self._anchors = config.itm_anchors and config.itm_anchors // processes
+        self._frozen_states: dict[tuple[int, ...], Tensor] = {}
 
     def forward(
         self, images: Tensor, text: TextBatch, group_ids: Tensor, hard: float, seed: int
@@ -55,7 +56,7 @@ class Objectives(nn.Module):
 
         Args:
             images: pixels (b, 3, S, S) or encoder tokens (b, P, D).
-            text: the b captions.
+            text: the b * K captions, the K of an image one after the other.
             group_ids: (b,), int64.
             hard: the hardness of ITM's negatives.
             seed: of the draw of negatives; the same in all processes.
@@ -63,10 +64,11 @@ class Objectives(nn.Module):
         model, config = self.model, self.config
         tokens = images if self.encoded else model.image_encoder(images)
         queries = model.query_pass(model.normalise_tokens(tokens))
-        itc = itc_loss(
-            queries.image_features, model.text_features(text), model.temperature, group_ids
-        )
+        states = self._text_states_once(text) if config.freeze_text else model.text_states(text)
+        texts = model.features_from_text(states)
+        itc = itc_loss(queries.image_features, texts, model.temperature, group_ids)
         losses = {"itc": itc.loss}
+        text = text.every(len(text.mask) // len(images))
         if config.itm_weight:
             losses["itm"] = itm_loss(
                 model, tokens, text, itc, group_ids,
@@ -78,6 +80,21 @@ class Objectives(nn.Module):
             dec_id = model.config.qformer.vocab_size - 1
             losses["itg"] = itg_loss(model, text, queries.keys_values, dec_id)
         return losses
+
+    @torch.no_grad()
+    def _text_states_once(self, text: TextBatch) -> Tensor:
+        """Return the [CLS] states (b * K, H) of captions under a frozen text half: always the same."""
+        qformer, known = self.model.qformer, self._frozen_states
+        lengths = text.mask.sum(dim=1).tolist()
+        keys = [tuple(ids[:n]) for ids, n in zip(text.token_ids.tolist(), lengths, strict=True)]
+        qformer.eval()  # no dropout
+        for row, key in enumerate(keys):
+            if key not in known:
+                # Alone and unpadded, so that a resumed run gets the same bits in other company.
+                one = TextBatch(text.token_ids[row : row + 1], text.mask[row : row + 1]).trimmed()
+                known[key] = self.model.text_states(one)[0]
+        qformer.train(self.training)
+        return torch.stack([known[key] for key in keys])
 
 
 class Trainer:

@@ -94,7 +94,7 @@ def training_data(
     elif views:
         if not world.is_first:
             any_says(False)  # until the first has filled the cache
-        source = CachedTokens(train, tokens(train, views, "training"))
+        source = CachedTokens(train, tokens(train, views, "training"), config.captions_per_image)
         if world.is_first:
             any_says(False)
     else:

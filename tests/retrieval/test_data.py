@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -178,6 +179,21 @@ def test_drawn_batches_are_a_function_of_their_number(images, workers):
     halves = [some(0, 1, World(rank=rank, size=2))[0] for rank in (0, 1)]
     assert torch.equal(torch.cat([half.images for half in halves]), whole[0].images)
     assert halves[0].captions + halves[1].captions == whole[0].captions
+
+
+def test_several_captions_of_an_image_stand_together(images, tmp_path):
+    model = build_tiny_model()
+    data = [replace(image, captions=("one", "two", "three")) for image in images[:3]]
+    data.append(replace(images[3], captions=("alone",)))
+    cache = encoder_tokens(model, [image.path for image in data], tmp_path, DataConfig())
+    config = DataConfig(captions_per_image=2, workers=0)
+    drawn = DrawnImages(data, model.image_transform, config)
+    for source in (CachedTokens(data, cache, 2), drawn):
+        batch = next(source.batches(4, 0, 0, ALONE))
+        assert len(batch.images) == len(batch.group_ids) == 4
+        pairs = list(zip(batch.captions[::2], batch.captions[1::2], strict=True))
+        assert pairs.count(("alone", "alone")) == 1
+        assert sum(len({*pair}) == 2 for pair in pairs) == 3
 
 
 def test_broken_images_are_skipped_and_told(images, tmp_path):

@@ -59,6 +59,21 @@ def test_itc_targets_spread_over_a_group():
     )
 
 
+def test_itc_takes_all_captions_of_an_image_for_positives():
+    images, _ = random_features(batch=3)
+    texts = F.normalize(torch.randn(6, 8), dim=-1)  # two of each image
+    loss, to_text, to_image = itc_loss(images, texts, torch.tensor(0.07), torch.arange(3))
+    logits = max_over_queries(images, texts) / 0.07
+    positive = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]).bool()
+    targets = torch.where(positive, 0.9 / 2, 0.0) + 0.1 / 6
+    expected = -(targets * logits.log_softmax(1)).sum(1).mean() / 2
+    owner = torch.tensor([0, 0, 1, 1, 2, 2])
+    expected = expected + F.cross_entropy(logits.T, owner, label_smoothing=0.1) / 2
+    assert torch.allclose(loss, expected)
+    assert torch.equal(to_text, logits[:, [0, 2, 4]])  # of the first captions, for ITM
+    assert torch.equal(to_image, logits[:, [0, 2, 4]].T)
+
+
 def test_hard_negatives_follow_the_softmax_and_spare_the_group():
     torch.manual_seed(0)
     logits = torch.tensor([[9.0, 2.0, 1.0, 9.0]] * 4000)

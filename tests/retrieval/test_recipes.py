@@ -157,6 +157,24 @@ def test_fine_tuning_on_coco_at_tiny_size(tmp_path):
     assert again.config.preprocess.image_size == 42
 
 
+def test_a_query_half_is_renewed_and_the_text_half_stays(tmp_path):
+    old = build_tiny_model()
+    for layer in old.qformer.layers:
+        torch.nn.init.normal_(layer.query_ffn.up.weight)
+    save_model(old, tmp_path / "m")
+    changes = [f"start.checkpoint={tmp_path / 'm'}", "start.renew_queries=true"]
+    new = starting_model(read_recipe("mini-finetune", changes))
+    text = old.tokenize(["a cat", "two dogs and a bus"])
+    old.eval(), new.eval()
+    assert torch.allclose(new.text_features(text), old.text_features(text), atol=1e-3)  # in fp16
+    for layer, before in zip(new.qformer.layers, old.qformer.layers, strict=True):
+        assert torch.equal(layer.query_ffn.up.weight, layer.text_ffn.up.weight)
+        if layer.cross_attention is not None:
+            assert (layer.cross_attention.value.weight - before.cross_attention.value.weight).any()
+    assert (new.qformer.query_tokens - old.qformer.query_tokens).abs().min() > 0
+    assert new.fingerprint != old.fingerprint
+
+
 def test_mini_finetune_starts_from_any_checkpoint(tmp_path):
     save_model(build_tiny_model(), tmp_path / "m")
     recipe = read_recipe("mini-finetune", [f"start.checkpoint={tmp_path / 'm'}"])
@@ -282,6 +300,10 @@ def test_changes_are_read_as_toml():
         (["train.steps=true"], "train.steps cannot be True"),
         (["train.train_encoder=true"], "data.views caches a frozen encoder"),
         (["start.checkpoint=mini"], "either a checkpoint or a bert"),
+        (["start.renew_queries=true"], "renew_queries is for a checkpoint"),
+        (["start.checkpoint=mini", "start.bert=''"], "query_words are for a new query half"),
+        (["data.captions_per_image=0"], "captions_per_image is at least 1"),
+        (["data.views=0", "data.rows=captions", "data.captions_per_image=5"], "one caption"),
         (["data.crop_scale=[0.9, 0.5]"], "crop_scale"),
     ],
 )

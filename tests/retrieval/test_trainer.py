@@ -95,6 +95,11 @@ def test_only_what_serves_an_objective_is_trained():
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(name.startswith(("image_encoder.", "itm_head", "lm_head")) for name in trained)
     assert "qformer.query_tokens" in trained
+    freeze_unused(model, TrainConfig(steps=1, freeze_text=True))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"text_proj.weight", "qformer.query_tokens", "lm_head.bias"} <= trained
+    halves = {name.split(".")[3] for name in trained if name.startswith("qformer.layers")}
+    assert halves == {"cross_attention", "query_ffn"}
     freeze_unused(model, TrainConfig(steps=1, train_encoder=True, encoder_layers=1))
     encoder = {n: p.requires_grad for n, p in model.image_encoder.named_parameters()}
     assert encoder["backbone.conv_head.weight"]
@@ -156,6 +161,24 @@ def test_a_tiny_model_learns_what_stands_left_of_what(tmp_path):
     assert table["tr@1"] > 85
 
 
+def test_a_frozen_text_half_stays_and_the_queries_learn_to_match_it(shapes, tmp_path):
+    model = build_tiny_model()
+    for name, parameter in model.qformer.named_parameters():
+        if "self_attention" in name and parameter.ndim == 2:
+            parameter.data.mul_(10)  # a text half that tells captions apart
+    source = CachedTokens(shapes, cached(model, shapes, tmp_path / "cache"), captions_per_image=2)
+    config = TrainConfig(steps=250, freeze_text=True, itm_weight=0, itg_weight=0, **QUICK)
+    text = model.tokenize([caption for image in shapes for caption in image.captions])
+    model.eval()
+    with torch.inference_mode():
+        before = model.text_states(text)
+    history = Trainer(model, source, config).run()
+    with torch.inference_mode():
+        assert torch.equal(model.text_states(text), before)
+    first, last = (np.mean([h["itc"] for h in p]) for p in (history[:10], history[-10:]))
+    assert last < 0.8 * first
+
+
 @pytest.mark.parametrize("objective", ["itc", "itm", "itg"])
 def test_each_objective_alone_lowers_its_own_loss(shapes, tmp_path, objective):
     weights = {f"{name}_weight": float(name == objective) for name in ("itc", "itm", "itg")}
@@ -167,12 +190,12 @@ def test_each_objective_alone_lowers_its_own_loss(shapes, tmp_path, objective):
     assert history[-1]["loss"] == pytest.approx(history[-1][objective])
 
 
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_a_resumed_run_is_the_tail_of_an_uninterrupted_one(shapes, tmp_path, ema_decay):
+@pytest.mark.parametrize("more", [{}, {"ema_decay": 0.9}, {"freeze_text": True}])
+def test_a_resumed_run_is_the_tail_of_an_uninterrupted_one(shapes, tmp_path, more):
     def config(steps):
         return TrainConfig(
-            steps=steps, **QUICK, checkpoint_every=3, keep_checkpoints=2, ema_decay=ema_decay,
-            warmup_steps=2, attention_dropout=0.1, accumulate=2,
+            steps=steps, **QUICK, checkpoint_every=3, keep_checkpoints=2, warmup_steps=2,
+            attention_dropout=0.1, accumulate=2, **more,
         )  # fmt: skip
 
     whole = trainer(shapes, tmp_path, config(8))
