@@ -20,9 +20,9 @@ from .text_batch import TextBatch
 
 
 class ITC(NamedTuple):
-    """The contrastive loss, and the similarities / temperature that it was taken of.
+    """The contrastive loss, and similarities / temperature for ITM to draw its negatives by.
 
-    Where an image has several captions, those of its first one.
+    Where images have several captions, these are similarities to the first of each.
     """
 
     loss: Tensor

@@ -16,6 +16,7 @@ from .loading import load_model
 from .model import RetrievalModel
 from .optimizer import NEW
 from .own_format import load_tokenizer
+from .qformer import QFormer
 from .recipe import Recipe
 
 FROM_PIP = "pip:"
@@ -173,13 +174,17 @@ def _copy_language_model_head(
 
 def _renew_queries(model: RetrievalModel) -> None:
     """Start the query half again, its feed-forward as a copy of the text's."""
-    state = RetrievalModel(model.config, model.text_transform).state_dict()
-    for name, tensor in model.state_dict().items():
-        if name.startswith(("image_encoder.", "text_proj.")) or not any(n in name for n in NEW):
+    state = QFormer(model.config.qformer).state_dict()
+    for name, tensor in model.qformer.state_dict().items():
+        if not any(part in name for part in (*NEW, "query_ffn")):
             state[name] = tensor
         if "text_ffn" in name:
             state[name.replace("text_ffn", "query_ffn")] = tensor
-    model.load_state_dict(state)
+    model.qformer.load_state_dict(state)
+    for layer in (model.ln_vision, model.vision_proj, model.itm_head):
+        layer.reset_parameters()
+    if model.image_positions is not None:
+        nn.init.normal_(model.image_positions, std=0.02)
 
 
 @torch.no_grad()
