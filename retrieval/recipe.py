@@ -64,7 +64,7 @@ class DataConfig:
     validation_share: float = (
         0.05  # of the training images, held out where no file has such a split
     )
-    # What an epoch is made of: "images", one caption of each drawn at random, or "captions", each
+    # What an epoch is made of: "images", captions of each drawn at random, or "captions", each
     # with its image; then captions of one image may meet in a batch.
     rows: Literal["images", "captions"] = "images"
     # Captions of an image that ITC takes as its positives at once, drawn at random; those of an image

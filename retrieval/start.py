@@ -16,7 +16,7 @@ from .loading import load_model
 from .model import RetrievalModel
 from .optimizer import NEW
 from .own_format import load_tokenizer
-from .qformer import QFormer
+from .qformer import QFormer, QFormerLayer
 from .recipe import Recipe
 
 FROM_PIP = "pip:"
@@ -174,13 +174,13 @@ def _copy_language_model_head(
 
 def _renew_queries(model: RetrievalModel) -> None:
     """Start the query half again, its feed-forward as a copy of the text's."""
-    state = QFormer(model.config.qformer).state_dict()
-    for name, tensor in model.qformer.state_dict().items():
-        if not any(part in name for part in (*NEW, "query_ffn")):
-            state[name] = tensor
-        if "text_ffn" in name:
-            state[name.replace("text_ffn", "query_ffn")] = tensor
-    model.qformer.load_state_dict(state)
+    qformer = model.qformer
+    fresh = QFormer(model.config.qformer).state_dict()
+    new = {name: fresh[name] for name in fresh if any(part in name for part in NEW)}
+    qformer.load_state_dict({**qformer.state_dict(), **new})
+    for layer in qformer.layers:
+        assert isinstance(layer, QFormerLayer)
+        layer.query_ffn.load_state_dict(layer.text_ffn.state_dict())
     for layer in (model.ln_vision, model.vision_proj, model.itm_head):
         layer.reset_parameters()
     if model.image_positions is not None:

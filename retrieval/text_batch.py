@@ -32,10 +32,6 @@ class TextBatch:
         """Return some of the captions; `rows` (B',) are their numbers."""
         return TextBatch(self.token_ids[rows], self.mask[rows])
 
-    def every(self, stride: int) -> TextBatch:
-        """Return the first of every `stride` captions."""
-        return TextBatch(self.token_ids[::stride], self.mask[::stride])
-
     def trimmed(self) -> TextBatch:
         """Return the batch without the padding that all of its captions have."""
         longest = int(self.mask.sum(dim=1).max())

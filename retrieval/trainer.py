@@ -68,7 +68,7 @@ class Objectives(nn.Module):
         texts = model.features_from_text(states)
         itc = itc_loss(queries.image_features, texts, model.temperature, group_ids)
         losses = {"itc": itc.loss}
-        text = text.every(len(text.mask) // len(images))
+        text = text.select(torch.arange(0, len(text.mask), len(text.mask) // len(images)))
         if config.itm_weight:
             losses["itm"] = itm_loss(
                 model, tokens, text, itc, group_ids,
@@ -87,11 +87,11 @@ class Objectives(nn.Module):
         qformer, known = self.model.qformer, self._frozen_states
         lengths = text.mask.sum(dim=1).tolist()
         keys = [tuple(ids[:n]) for ids, n in zip(text.token_ids.tolist(), lengths, strict=True)]
-        qformer.eval()  # no dropout
         for row, key in enumerate(keys):
             if key not in known:
+                qformer.eval()  # no dropout
                 # Alone and unpadded, so that a resumed run gets the same bits in other company.
-                one = TextBatch(text.token_ids[row : row + 1], text.mask[row : row + 1]).trimmed()
+                one = text.select(torch.tensor([row])).trimmed()
                 known[key] = self.model.text_states(one)[0]
         qformer.train(self.training)
         return torch.stack([known[key] for key in keys])
