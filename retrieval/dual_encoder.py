@@ -22,7 +22,7 @@ from .embedder import NO_TOKENS, EncodedImages, EncodesImages
 from .errors import CheckpointError, DeviceMemoryError
 from .fingerprint import fingerprint
 from .names import OPEN_CLIP
-from .preprocess import ImageLike, load_image
+from .preprocess import ImageLike, load_for
 
 _WHOLE = ("local-dir:", "hf-hub:")  # open_clip's names of a model together with its weights
 
@@ -35,7 +35,7 @@ class _Transform:
         self.size = (side, side)
 
     def __call__(self, image: ImageLike) -> Float32:
-        return self.to_pixels(load_image(image))
+        return self.to_pixels(load_for(image, self.size).image)
 
     def to_pixels(self, image: Image.Image) -> Float32:
         pixels: Float32 = self._compose(image).numpy()

@@ -167,6 +167,8 @@ class _Views:
     def __call__(self, row: int, path: Path) -> Float32 | ImageReadError:
         """Return the pixels of all views of an image: (V, 3, S, S)."""
         try:
+            if self.views == 1:
+                return self.transform(path)[None]
             image = load_image(path)
         except ImageReadError as error:
             return error

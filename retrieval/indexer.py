@@ -32,7 +32,7 @@ from ..indexes.store import ImageRecord, Store
 from ..indexes.token_files import TokenFiles
 from .embedder import Embedder, PixelTransform
 from .errors import DeviceMemoryError, ImageReadError
-from .preprocess import load_image
+from .preprocess import load_for
 from .progress import OnProgress
 
 log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def _decode(
         content_hash = hashlib.blake2b(data, digest_size=HASH_BYTES).hexdigest()
         if (twin := known.get(content_hash)) is not None:
             return _Known(replace(twin, path=path, mtime_ns=stat.st_mtime_ns), twin.path)
-        image = load_image(io.BytesIO(data))
+        image, width, height = load_for(io.BytesIO(data), transform.size)
     except ImageReadError as error:
         return SkippedFile(path, error.reason)
     except OSError as error:
@@ -203,8 +203,8 @@ def _decode(
         size=stat.st_size,
         mtime_ns=stat.st_mtime_ns,
         content_hash=content_hash,
-        width=image.width,
-        height=image.height,
+        width=width,
+        height=height,
     )
     return _Decoded(record, transform.to_pixels(image))
 

@@ -15,6 +15,7 @@ from blip2_search.retrieval.preprocess import (
     ImageTransform,
     TextTransform,
     clean_caption,
+    load_for,
     load_image,
 )
 from blip2_search.retrieval.text_batch import TextBatch
@@ -204,3 +205,32 @@ def test_whatever_a_decoder_raises_is_an_unreadable_image(monkeypatch):
     monkeypatch.setattr(ImageOps, "exif_transpose", stumble)
     with pytest.raises(ImageReadError, match="bad operand"):
         load_image(Image.new("RGB", (4, 4)))
+
+
+def waves(size):
+    """Draw smooth stripes, as a photograph has them and a decoder may average."""
+    x, y = np.meshgrid(*(np.linspace(0, 9, side) for side in size))
+    bands = [127 + 120 * np.sin(x + phase) * np.cos(y) for phase in range(3)]
+    return Image.fromarray(np.stack(bands, axis=-1).astype(np.uint8))
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction(tmp_path):
+    file = tmp_path / "large.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    waves((1200, 800)).save(file, quality=95, exif=exif)
+    image, width, height = load_for(file, (100, 100))
+    assert (width, height) == (800, 1200) == load_image(file).size
+    assert image.size == (200, 300)  # a quarter: an eighth would be less than twice the 100
+    transform = ImageTransform(PreprocessConfig(image_size=100))
+    whole = transform.to_pixels(load_image(file))
+    assert np.abs(transform(file) - whole).mean() < 0.02
+
+
+@pytest.mark.parametrize(("size", "suffix"), [((399, 800), ".jpg"), ((1200, 800), ".png")])
+def test_other_images_are_decoded_in_full(tmp_path, size, suffix):
+    file = tmp_path / f"image{suffix}"
+    waves(size).save(file)
+    image, width, height = load_for(file, (100, 100))
+    assert image == load_image(file)
+    assert (width, height) == size
