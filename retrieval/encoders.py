@@ -42,6 +42,7 @@ class ImageEncoder(nn.Module):
     """The interface: `forward(pixels (N, 3, S, S)) -> image tokens (N, P, D)`."""
 
     frozen = True
+    takes_any_size = False  # and gives as many tokens for each
 
     def freeze(self, frozen: bool = True) -> None:
         """Switch gradients and training behaviour off (or on again)."""
@@ -82,6 +83,7 @@ class TimmEncoder(ImageEncoder):
         )
         self.backbone.to(memory_format=torch.channels_last)  # 1.5 times faster on CPUs
         self.pool = config.pool
+        self.takes_any_size = self.pool is not None and not hasattr(self.backbone, "set_input_size")
         if image_size is not None:
             self.resize(image_size)
         self.freeze()
@@ -98,7 +100,34 @@ class TimmEncoder(ImageEncoder):
     def forward(self, pixels: Tensor) -> Tensor:
         """Map (N, 3, S, S) to (N, P, D)."""
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        features: Tensor = self.backbone.forward_features(pixels)
+        return self._tokens(self.backbone.forward_features(pixels))
+
+    @property
+    def frozen_blocks(self) -> int:
+        """How many of the lowest blocks no gradient reaches; 0 for networks that have no `lower`."""
+        from timm.models import EfficientNet
+
+        if not isinstance(self.backbone, EfficientNet):
+            return 0
+        blocks = [self.backbone.conv_stem, self.backbone.bn1, *self.backbone.blocks]
+        trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+        return max(0, [*trained, True].index(True) - 2)
+
+    def lower(self, pixels: Tensor, blocks: int) -> Tensor:
+        """Map pixels to what the stem and the lowest blocks of an EfficientNet make of them."""
+        features: Tensor = self.backbone.bn1(self.backbone.conv_stem(pixels))
+        for block in self.backbone.blocks[:blocks]:
+            features = block(features)
+        return features
+
+    def upper(self, features: Tensor, blocks: int) -> Tensor:
+        """Map what `lower` made to (N, P, D): `forward` is one after the other."""
+        features = features.contiguous(memory_format=torch.channels_last)
+        for block in self.backbone.blocks[blocks:]:
+            features = block(features)
+        return self._tokens(self.backbone.bn2(self.backbone.conv_head(features)))
+
+    def _tokens(self, features: Tensor) -> Tensor:
         if features.ndim == 3:  # a transformer's tokens already
             return features
         if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":  # Swin and its like

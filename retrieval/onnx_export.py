@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 class _Graph(nn.Module):
     """A part of a model, as a module that can be exported."""
 
-    def __init__(self, model: RetrievalModel, function: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
         self.model = model
         self._function = function
@@ -116,8 +116,13 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def can_export() -> bool:
+    """Return whether what exporting takes is installed."""
+    return all(map(importlib.util.find_spec, ("onnx", "onnxscript")))
+
+
 def _check_packages() -> None:
-    if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+    if not can_export():
         raise BackendError(
             "exporting a model takes two packages more: pip install 'blip2-search[onnx]', or choose "
             "--backend torch"
@@ -138,7 +143,7 @@ def write_graphs(model: RetrievalModel, folder: Path, made_of: dict[str, list[in
     where = _places(folder / WEIGHTS)
     for name, (function, inputs, sizes, outputs) in _signatures(model).items():
         try:
-            graph = _export(_Graph(model, function).eval(), inputs, sizes, outputs)
+            graph = onnx_graph(model, function, inputs, sizes, outputs)
         except Exception as error:  # every layer of the exporter has errors of its own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{model.name} cannot be exported to ONNX: {reason}") from error
@@ -175,14 +180,24 @@ def _signatures(model: RetrievalModel) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _export(module: nn.Module, inputs: Any, sizes: Any, outputs: list[str]) -> Any:
-    """Return a graph; `inputs` by name, `sizes` of theirs that are free, and the outputs' names."""
+def onnx_graph(
+    model: nn.Module, function: Callable[..., Any], inputs: Any, sizes: Any, outputs: list[str]
+) -> Any:
+    """Return a part of a model as a graph, an `onnx.ModelProto` that holds its weights.
+
+    Args:
+        model: on the CPU.
+        function: of the model and the inputs.
+        inputs: an example of each, by name.
+        sizes: the dimensions of each that are free, as `torch.export.Dim`.
+        outputs: their names.
+    """
     from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about itself
         program = torch.export.export(
-            module,
+            _Graph(model, function).eval(),
             tuple(value.clone() for value in inputs.values()),
             dynamic_shapes=(tuple(sizes.values()),),
             strict=False,

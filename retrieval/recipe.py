@@ -75,6 +75,9 @@ class DataConfig:
     flip: bool = True
     text_tokens: int = 32  # T, longest caption
     image_size: int | None = None  # pixels; None is the checkpoint's
+    # Pixels of an image in training; None is `image_size`. Smaller ones cost less, and as a crop shows
+    # things larger than the whole image does, they are as large in both (FixRes, Touvron et al. 2019).
+    crop_size: int | None = None
     # Views of an image that are drawn and encoded beforehand, where the encoder is frozen: an epoch
     # then costs the Q-Former only. 0 draws and encodes a new one each time (without augmentation
     # there is only one, which is always encoded beforehand).
@@ -94,6 +97,12 @@ class DataConfig:
             raise ValueError("captions_per_image is at least 1")
         if self.captions_per_image > 1 and self.rows == "captions":
             raise ValueError("data.rows = 'captions' is one caption an image already")
+        for name in ("image_size", "crop_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is at least 1")
+        if self.crop_size is not None and self.views:
+            raise ValueError("data.views caches the image itself too: it excludes data.crop_size")
         if not 0 <= self.validation_share < 1:
             raise ValueError("validation_share is in [0, 1)")
         if self.rows == "captions" and self.views:

@@ -16,7 +16,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batches import Batch, BatchSource
 from .distributed import World, any_says, gather, gather_reasons
+from .encoders import TimmEncoder
 from .errors import DeviceMemoryError, RecipeError, TrainingError
+from .frozen_parts import FrozenStages, frozen_stages
 from .interrupts import deferred_interrupts
 from .losses import itc_loss, itg_loss, itm_loss
 from .model import Precision, RetrievalModel, autocast
@@ -37,7 +39,12 @@ class Objectives(nn.Module):
     """The losses of a batch, as one module that DDP can wrap."""
 
     def __init__(
-        self, model: RetrievalModel, config: TrainConfig, encoded: bool, processes: int = 1
+        self,
+        model: RetrievalModel,
+        config: TrainConfig,
+        encoded: bool,
+        processes: int = 1,
+        frozen_stages: FrozenStages | None = None,
     ) -> None:
         """Compute from encoder tokens (`encoded`) or from pixels; each process does its share."""
         super().__init__()
@@ -46,6 +53,7 @@ class Objectives(nn.Module):
         self.encoded = encoded
         self._anchors = config.itm_anchors and config.itm_anchors // processes
         self._frozen_states: dict[tuple[int, ...], Tensor] = {}
+        self._frozen_stages = frozen_stages
 
     def forward(
         self, images: Tensor, text: TextBatch, group_ids: Tensor, hard: float, seed: int
@@ -62,7 +70,7 @@ class Objectives(nn.Module):
             seed: of the draw of negatives; the same in all processes.
         """
         model, config = self.model, self.config
-        tokens = images if self.encoded else model.image_encoder(images)
+        tokens = images if self.encoded else self._encode(images)
         queries = model.query_pass(model.normalise_tokens(tokens))
         states = self._text_states_once(text) if config.freeze_text else model.text_states(text)
         texts = model.features_from_text(states)
@@ -80,6 +88,14 @@ class Objectives(nn.Module):
             dec_id = model.config.qformer.vocab_size - 1
             losses["itg"] = itg_loss(model, text, queries.keys_values, dec_id)
         return losses
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        encoder, stages = self.model.image_encoder, self._frozen_stages
+        if stages is None:
+            tokens: Tensor = encoder(pixels)
+            return tokens
+        assert isinstance(encoder, TimmEncoder)
+        return encoder.upper(stages.run(pixels), stages.blocks)
 
     @torch.no_grad()
     def _text_states_once(self, text: TextBatch) -> Tensor:
@@ -152,7 +168,10 @@ class Trainer:
         if config.gradient_checkpointing:
             model.image_encoder.checkpoint_gradients()
         freeze_unused(model, config)
-        objectives = Objectives(model, config, source.encoded, self.world.size)
+        stages = None
+        if not source.encoded and not config.gradient_checkpointing:
+            stages = frozen_stages(model, self._precision)
+        objectives = Objectives(model, config, source.encoded, self.world.size, stages)
         self.state = TrainingState(
             model=model,
             optimizer=torch.optim.AdamW(parameter_groups(model, config), betas=config.betas),

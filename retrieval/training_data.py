@@ -14,12 +14,13 @@ import numpy as np
 from .batches import BatchSource, CachedTokens, DrawnImages
 from .data import CaptionedImage, read_captioned
 from .distributed import World, any_says
-from .errors import DatasetError, EmptySplitError, ImageReadError
+from .errors import DatasetError, EmptySplitError, ImageReadError, RecipeError
 from .feature_cache import TokenCache, encoder_tokens
+from .frozen_parts import frozen_encoder
 from .model import Precision, RetrievalModel
-from .preprocess import load_image
+from .preprocess import ImageTransform, load_image
 from .progress import Prepare
-from .recipe import Recipe, check_length
+from .recipe import DataConfig, Recipe, check_length
 from .shards import Shards
 
 
@@ -71,6 +72,8 @@ def training_data(
     if not held_out:
         train, held_out = _hold_out(train, config.validation_share, train_config.seed)
 
+    encode = None if train_config.train_encoder else frozen_encoder(model, precision)
+
     def tokens(images: Sequence[CaptionedImage], views: int, what: str) -> TokenCache:
         return encoder_tokens(
             model,
@@ -80,6 +83,7 @@ def training_data(
             views=views,
             seed=train_config.seed,
             precision=precision,
+            encode=encode,
             on_progress=prepare(f"Encoding {what} images") if prepare else None,
         )
 
@@ -90,7 +94,7 @@ def training_data(
     frozen = not train_config.train_encoder
     views = config.views or int(frozen and not config.augment)
     if shards:
-        source: BatchSource = Shards(shards, model.image_transform, config)
+        source: BatchSource = Shards(shards, _training_images(model, config), config)
     elif views:
         if not world.is_first:
             any_says(False)  # until the first has filled the cache
@@ -98,7 +102,7 @@ def training_data(
         if world.is_first:
             any_says(False)
     else:
-        source = DrawnImages(train, model.image_transform, config)
+        source = DrawnImages(train, _training_images(model, config), config)
     if not world.is_first:
         return TrainingData(source=source, held_out=[], held_out_tokens=None, skipped=[])
     cached = tokens(held_out, 1, "validation") if held_out and frozen else None
@@ -110,6 +114,18 @@ def training_data(
         raise DatasetError(f"no validation image can be read: {skipped[0]}")
     kept = [held_out[row] for row in rows]
     return TrainingData(source=source, held_out=kept, held_out_tokens=cached, skipped=skipped)
+
+
+def _training_images(model: RetrievalModel, config: DataConfig) -> ImageTransform:
+    """Return how an image becomes pixels in training, of `config.crop_size` if there is one."""
+    if config.crop_size is None:
+        return model.image_transform
+    if not model.image_encoder.takes_any_size:
+        raise RecipeError(
+            "data.crop_size is for encoders that take images of any size, such as a convolutional "
+            "network whose grid is pooled; this one takes those of data.image_size"
+        )
+    return ImageTransform(replace(model.config.preprocess, image_size=config.crop_size))
 
 
 def _read(

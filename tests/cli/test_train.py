@@ -13,6 +13,7 @@ from PIL import Image
 
 from blip2_search.retrieval.checkpoints import save_model
 from blip2_search.retrieval.curves import read_log
+from blip2_search.retrieval.encoders import TimmEncoder
 from blip2_search.retrieval.recipe import recipe_names
 from tiny import build_tiny_model
 
@@ -137,6 +138,26 @@ def test_captions_without_splits_are_divided(run, files, photos):
     failed = run("train", recipe(folder, 10), *arguments, *changes, *empty, code=1)
     assert "no image in the split(s) training" in failed.stderr
     assert not (folder / "third").exists()
+
+
+def test_training_sees_smaller_images_than_validation(run, files, monkeypatch):
+    arguments, folder = files
+    seen = []
+    whole = TimmEncoder.forward
+    monkeypatch.setattr(
+        TimmEncoder, "forward", lambda self, x: (seen.append(x.shape[-1]), whole(self, x))[1]
+    )
+    changes = ["train.train_encoder=true", "data.views=0", "data.workers=0", "train.steps=1"]
+    changes += ["data.image_size=80", "data.crop_size=48", "train.calibration_images=0"]
+    settings = [word for change in changes for word in ("--set", change)]
+    run("train", recipe(folder, 10), *arguments, *settings)
+    assert seen[0] == 48
+    assert set(seen[1:]) == {80}
+    described = json.loads((folder / "run" / "best" / "config.json").read_text())
+    assert described["preprocess"]["image_size"] == 80
+    monkeypatch.setattr(TimmEncoder, "takes_any_size", property(lambda _: False, lambda *_: None))
+    refused = run("train", recipe(folder, 10), *arguments, *settings, "--out", folder / "x", code=1)
+    assert "data.crop_size is for encoders that take images of any size" in refused.stderr
 
 
 def test_wrong_input_is_one_sentence(run, files, monkeypatch):

@@ -305,6 +305,8 @@ def test_changes_are_read_as_toml():
         (["data.captions_per_image=0"], "captions_per_image is at least 1"),
         (["data.views=0", "data.rows=captions", "data.captions_per_image=5"], "one caption"),
         (["data.crop_scale=[0.9, 0.5]"], "crop_scale"),
+        (["data.views=0", "data.crop_size=0"], "crop_size is at least 1"),
+        (["data.crop_size=200"], "it excludes data.crop_size"),
     ],
 )
 def test_recipes_that_make_no_sense(changes, message):
