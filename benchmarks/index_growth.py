@@ -12,7 +12,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,21 @@ from .index_tradeoff import QUERIES, widened
 ADDED = 1000  # images, for the time of an addition
 
 
-def grow(store: Store, real: Float16, images: int) -> None:
-    """Bring a store to so many images."""
+def grow(store: Store, real: Float16, images: int, hashes: Sequence[str] = ()) -> None:
+    """Bring a store to so many images; their content is that of the photographs named, in turns."""
     while len(store) < images:
         first = len(store)
         count = min(SEGMENT_ROWS, images - first)
         features = widened(real, len(real) + count, seed=first)[len(real) :]
-        store.append([_record(first + i) for i in range(count)], features)
+        store.append([_record(first + i, hashes) for i in range(count)], features)
 
 
-def _record(number: int) -> ImageRecord:
+def _record(number: int, hashes: Sequence[str]) -> ImageRecord:
     return ImageRecord(
         path=f"/photos/{number // 1000:04d}/{number:08d}.jpg",
         size=100_000,
         mtime_ns=0,
-        content_hash=f"{number:032x}",
+        content_hash=hashes[number % len(hashes)] if hashes else f"{number:032x}",
         width=640,
         height=480,
     )

@@ -1,16 +1,18 @@
 """How long a query takes: typed at a prompt, and asked of a program that stays.
 
-    python -m blip2_search.benchmarks.queries --index DIR [--index DIR] [--rclip-python FILE]
+    python -m blip2_search.benchmarks.queries --index DIR [--grown N --work DIR] [--rclip-python FILE]
 
 Cold: a process of its own for each query, one after another in turns, with the time of its stages. Of
 rclip, whose model needs a download, the imports of its program are timed, with the Python given.
-Warm: the 64 texts of `index_tradeoff`, at several depths of rerank, in one process.
+Warm: the 64 texts of `index_tradeoff`, at several depths of rerank, in one process; with `--grown` also
+through N images, mixtures of those of the index, each with the image tokens of one of its photographs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,7 +24,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..indexes.store import Store
+from ..indexes.stored import StoredIndex
+from ..indexes.token_files import TOKENS
 from ..retrieval.engine import SearchEngine
+from .index_growth import grow
 from .index_tradeoff import QUERIES
 
 DEPTHS = (0, 16, 32, 128)
@@ -87,6 +93,20 @@ def stages(index: Path, rounds: int) -> dict[str, float]:
     return {name: ends[name] - (ends[names[i - 1]] if i else 0) for i, name in enumerate(names)}
 
 
+def grown(index: Path, images: int, work: Path) -> Path:
+    """Make an index of so many images out of one that keeps image tokens; return its folder."""
+    store = Store.open(index)
+    if not store.settings.keeps_tokens:
+        raise SystemExit(f"{index} keeps no image tokens")
+    large = Store.create(work / "grown", store.manifest, settings=store.settings)
+    with large.writing():
+        grow(large, store.features(), images, [record.content_hash for record in store.records])
+        large.compact(0.2)
+        StoredIndex(large).refresh()
+    (large.directory / TOKENS).symlink_to((index / TOKENS).resolve(), target_is_directory=True)
+    return large.directory
+
+
 def warm(index: Path) -> dict[str, Any]:
     """Return milliseconds a query, p50 and p95, at every depth of rerank."""
     engine = SearchEngine(index)
@@ -108,17 +128,26 @@ def warm(index: Path) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--index", type=Path, action="append", required=True)
+    parser.add_argument("--index", type=Path, required=True)
+    parser.add_argument("--grown", type=int, metavar="N", help="search a larger index, too")
+    parser.add_argument("--work", type=Path, help="a folder for it; left as it was")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rclip-python", help="a Python that has rclip")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.grown and not args.work:
+        parser.error("--grown takes --work")
+    indexes = [args.index]
+    if args.grown:
+        indexes.append(grown(args.index, args.grown, args.work))
     report = {
-        "images": SearchEngine(args.index[0]).info().images,
-        "cold_s": cold(args.index[0], args.rclip_python, args.rounds),
-        "stages_s": stages(args.index[0], args.rounds),
-        "warm": [warm(index) for index in args.index],
+        "images": SearchEngine(args.index).info().images,
+        "cold_s": cold(args.index, args.rclip_python, args.rounds),
+        "stages_s": stages(args.index, args.rounds),
+        "warm": [warm(index) for index in indexes],
     }
+    for index in indexes[1:]:
+        shutil.rmtree(index)
     _print(report)
     if args.out:
         args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
