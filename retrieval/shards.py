@@ -32,6 +32,7 @@ class Shards:
 
     encoded = False
     images: int | None = None
+    captions: list[str] | None = None
 
     def __init__(
         self, shards: Sequence[str], transform: ImageTransform, config: DataConfig

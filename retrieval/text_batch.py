@@ -37,6 +37,11 @@ class TextBatch:
         longest = int(self.mask.sum(dim=1).max())
         return TextBatch(self.token_ids[:, :longest], self.mask[:, :longest])
 
+    def unpadded(self) -> list[tuple[int, ...]]:
+        """Return the token ids of each caption without padding: what tells them apart."""
+        lengths = self.mask.sum(dim=1).tolist()
+        return [tuple(ids[:n]) for ids, n in zip(self.token_ids.tolist(), lengths, strict=True)]
+
     def padded(self, length: int) -> TextBatch:
         """Return the batch padded further, to so many tokens."""
         more = (0, length - self.token_ids.shape[1])

@@ -18,7 +18,7 @@ from .batches import Batch, BatchSource
 from .distributed import World, any_says, gather, gather_reasons
 from .encoders import TimmEncoder
 from .errors import DeviceMemoryError, RecipeError, TrainingError
-from .frozen_parts import FrozenStages, frozen_stages
+from .frozen_parts import FrozenStages, FrozenTexts, frozen_stages
 from .interrupts import deferred_interrupts
 from .losses import itc_loss, itg_loss, itm_loss
 from .model import Precision, RetrievalModel, autocast
@@ -45,6 +45,7 @@ class Objectives(nn.Module):
         encoded: bool,
         processes: int = 1,
         frozen_stages: FrozenStages | None = None,
+        frozen_texts: FrozenTexts | None = None,
     ) -> None:
         """Compute from encoder tokens (`encoded`) or from pixels; each process does its share."""
         super().__init__()
@@ -52,8 +53,7 @@ class Objectives(nn.Module):
         self.config = config
         self.encoded = encoded
         self._anchors = config.itm_anchors and config.itm_anchors // processes
-        self._frozen_states: dict[tuple[int, ...], Tensor] = {}
-        self._frozen_stages = frozen_stages
+        self._frozen_stages, self._frozen_texts = frozen_stages, frozen_texts
 
     def forward(
         self, images: Tensor, text: TextBatch, group_ids: Tensor, hard: float, seed: int
@@ -72,8 +72,7 @@ class Objectives(nn.Module):
         model, config = self.model, self.config
         tokens = images if self.encoded else self._encode(images)
         queries = model.query_pass(model.normalise_tokens(tokens))
-        states = self._text_states_once(text) if config.freeze_text else model.text_states(text)
-        texts = model.features_from_text(states)
+        texts = model.features_from_text(self._text_states(text))
         itc = itc_loss(queries.image_features, texts, model.temperature, group_ids)
         losses = {"itc": itc.loss}
         text = text.select(torch.arange(0, len(text.mask), len(text.mask) // len(images)))
@@ -97,20 +96,17 @@ class Objectives(nn.Module):
         assert isinstance(encoder, TimmEncoder)
         return encoder.upper(stages.run(pixels), stages.blocks)
 
-    @torch.no_grad()
-    def _text_states_once(self, text: TextBatch) -> Tensor:
-        """Return the [CLS] states (b * K, H) of captions under a frozen text half: always the same."""
-        qformer, known = self.model.qformer, self._frozen_states
-        lengths = text.mask.sum(dim=1).tolist()
-        keys = [tuple(ids[:n]) for ids, n in zip(text.token_ids.tolist(), lengths, strict=True)]
-        for row, key in enumerate(keys):
-            if key not in known:
-                qformer.eval()  # no dropout
-                # Alone and unpadded, so that a resumed run gets the same bits in other company.
-                one = text.select(torch.tensor([row])).trimmed()
-                known[key] = self.model.text_states(one)[0]
-        qformer.train(self.training)
-        return torch.stack([known[key] for key in keys])
+    def _text_states(self, text: TextBatch) -> Tensor:
+        model = self.model
+        if not self.config.freeze_text:
+            return model.text_states(text)
+        if self._frozen_texts is not None:
+            return self._frozen_texts(text)
+        model.qformer.eval()  # without dropout
+        with torch.no_grad():
+            states = model.text_states(text)
+        model.qformer.train(self.training)
+        return states
 
 
 class Trainer:
@@ -123,6 +119,7 @@ class Trainer:
         config: TrainConfig,
         *,
         text_transform: TextTransform | None = None,
+        frozen_texts: FrozenTexts | None = None,
         folder: RunFolder | None = None,
         world: World | None = None,
         validate: Validate | None = None,
@@ -135,6 +132,8 @@ class Trainer:
             source: the batches.
             config: the recipe; `steps` must be set (`recipe.with_total_steps`).
             text_transform: tokenises the captions; the model's own by default.
+            frozen_texts: of all captions of the source, where `config.freeze_text`; without it they pass
+                through the text half each time.
             folder: where checkpoints go; without one none are written.
             world: this process among others.
             validate: called every `validate_every` updates and after the last; "mean_recall" in what
@@ -171,7 +170,9 @@ class Trainer:
         stages = None
         if not source.encoded and not config.gradient_checkpointing:
             stages = frozen_stages(model, self._precision)
-        objectives = Objectives(model, config, source.encoded, self.world.size, stages)
+        objectives = Objectives(
+            model, config, source.encoded, self.world.size, stages, frozen_texts
+        )
         self.state = TrainingState(
             model=model,
             optimizer=torch.optim.AdamW(parameter_groups(model, config), betas=config.betas),

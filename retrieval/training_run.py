@@ -18,6 +18,7 @@ from .curves import draw_curves
 from .data import CaptionedImage
 from .distributed import any_says, check_agreement, joined_world
 from .errors import TrainingError
+from .frozen_parts import FrozenTexts
 from .loading import load_model, pick_device
 from .model import RetrievalModel
 from .preprocess import TextTransform
@@ -104,11 +105,17 @@ def run_recipe(
         observers = [folder.log, *observers]
         if tensorboard and world.is_first:
             observers.append(stack.enter_context(_tensorboard(out / "tensorboard")))
+        text_transform, texts = _training_text(model, recipe.data.text_tokens), None
+        if config.freeze_text and prepared.source.captions is not None:
+            announce = prepare if world.is_first else None
+            on_progress = announce("Encoding captions") if announce else None
+            texts = FrozenTexts(model, prepared.source.captions, text_transform, on_progress)
         trainer = Trainer(
             model,
             prepared.source,
             with_total_steps(config, prepared.source.images),
-            text_transform=_training_text(model, recipe.data.text_tokens),
+            text_transform=text_transform,
+            frozen_texts=texts,
             folder=folder,
             world=world,
             validate=validate,

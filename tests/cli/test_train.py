@@ -149,6 +149,7 @@ def test_training_sees_smaller_images_than_validation(run, files, monkeypatch):
     )
     changes = ["train.train_encoder=true", "data.views=0", "data.workers=0", "train.steps=1"]
     changes += ["data.image_size=80", "data.crop_size=48", "train.calibration_images=0"]
+    changes += ["train.freeze_text=true"]
     settings = [word for change in changes for word in ("--set", change)]
     run("train", recipe(folder, 10), *arguments, *settings)
     assert seen[0] == 48

@@ -102,6 +102,7 @@ def step(recipe, model, side):
     class Noise:
         encoded = False
         images = 8
+        captions = None
 
         def batches(self, batch_size, first, seed, world):
             from blip2_search.retrieval.batches import Batch

@@ -1,9 +1,11 @@
 """The loop: a tiny model learns drawn shapes, resumes bit for bit, and keeps what it should."""
 
+import copy
 import itertools
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from blip2_search.retrieval.batches import CachedTokens, DrawnImages
 from blip2_search.retrieval.data import CaptionedImage
 from blip2_search.retrieval.errors import RecipeError, TrainingError
 from blip2_search.retrieval.feature_cache import encoder_tokens
+from blip2_search.retrieval.frozen_parts import FrozenTexts
 from blip2_search.retrieval.loading import load_model
 from blip2_search.retrieval.optimizer import (
     freeze_unused,
@@ -172,9 +175,14 @@ def test_a_frozen_text_half_stays_and_the_queries_learn_to_match_it(shapes, tmp_
     model.eval()
     with torch.inference_mode():
         before = model.text_states(text)
-    history = Trainer(model, source, config).run()
+    again = copy.deepcopy(model)
+    texts = FrozenTexts(model, source.captions, model.text_transform)
+    torch.testing.assert_close(texts(text), before, atol=1e-5, rtol=1e-5)
+    history = Trainer(model, source, config, frozen_texts=texts).run()
     with torch.inference_mode():
         assert torch.equal(model.text_states(text), before)
+    (without,) = Trainer(again, source, replace(config, steps=1)).run()
+    assert history[0]["itc"] == pytest.approx(without["itc"], abs=1e-4)
     first, last = (np.mean([h["itc"] for h in p]) for p in (history[:10], history[-10:]))
     assert last < 0.8 * first
 
