@@ -25,7 +25,6 @@ from ..retrieval.data import read_split
 from ..retrieval.datasets import BENCHMARKS
 from ..retrieval.evaluation import evaluate
 from ..retrieval.loading import load_embedder
-from ..retrieval.model import RetrievalModel
 from ..retrieval.names import DEFAULT_MODEL
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,7 +61,7 @@ def main() -> None:
             result = evaluate(
                 model,
                 photos,
-                rerank=args.rerank if isinstance(model, RetrievalModel) else 0,
+                rerank=args.rerank if model.reranks else 0,
                 precision=args.precision,
                 cache=default_cache(),
                 prepare=stages.prepare,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -21,6 +21,7 @@ from .progress import Stages
 
 if TYPE_CHECKING:
     from ..retrieval.data import CaptionedImage
+    from ..retrieval.embedder import TensorEmbedder
     from ..retrieval.judgements import JudgementReport
 
 ROOT_VARIABLE = "BLIP2_SEARCH_DATA"
@@ -172,6 +173,14 @@ def evaluate(
         ),
     ] = Arithmetic.auto,
     device: options.DeviceOption = "auto",
+    backend: Annotated[
+        options.Backend,
+        typer.Option(
+            "--backend",
+            help="What computes: torch, by which the figures of this project were measured, onnx, or what "
+            "`query` takes (auto).",
+        ),
+    ] = options.Backend.torch,
     verbose: options.VerboseOption = False,
 ) -> None:
     """Measure retrieval on captioned photographs, by BLIP-2's protocol.
@@ -207,17 +216,16 @@ def evaluate(
         _check_folder(out)
     if judgements is not None:
         _refuse_recall_options(context)
-        _judge(judgements, images, data, model, device, budget, cache, as_json, out)
+        _judge(judgements, images, data, model, device, backend, budget, cache, as_json, out)
         return
     photos, name = _read(dataset, root, data, images, split, limit)
 
     from ..retrieval.evaluation import evaluate as run
-    from ..retrieval.loading import load_embedder
     from ..retrieval.reranking import DIRECTIONS
 
     with _told_that_it_goes_on(), Stages() as stages:
         result = run(
-            load_embedder(model, device=device, dtype="float32"),
+            _open(model, device, backend, "float32"),
             photos,
             rerank=rerank,
             sweep=depths,
@@ -240,6 +248,15 @@ def evaluate(
     if depths:
         report.draw_sweep(result, plot)
         render.say(f"picture: {render.short_path(str(plot))}")
+
+
+def _open(model: str, device: str, backend: options.Backend, dtype: str) -> TensorEmbedder:
+    from ..retrieval.backends import open_embedder
+    from ..retrieval.loading import load_embedder
+
+    if backend is options.Backend.torch:
+        return load_embedder(model, device, dtype)
+    return cast("TensorEmbedder", open_embedder(model, device, backend.value))
 
 
 def _read(
@@ -270,6 +287,7 @@ def _judge(
     captions: Path | None,
     model: str,
     device: str,
+    backend: options.Backend,
     memory: int,
     cache: Path | None,
     as_json: bool,
@@ -278,12 +296,11 @@ def _judge(
     from dataclasses import asdict
 
     from ..retrieval.judgements import judge, read_judgements
-    from ..retrieval.loading import load_embedder
 
     read = read_judgements(judgements, images or judgements.parent, captions)
     with _told_that_it_goes_on(), Stages() as stages:
         result: JudgementReport = judge(
-            load_embedder(model, device=device),
+            _open(model, device, backend, "auto"),
             read,
             memory=memory,
             cache=cache or options.default_cache(),

@@ -5,7 +5,7 @@ takes an `Embedder` asks it how many. Only a `Reranker` has an ITM head.
 
 Images go through in two steps, the encoder, whose tokens can be kept (`feature_cache.py`), and what
 makes vectors of the tokens. Searching and indexing know numpy arrays only, so that a model may run
-without PyTorch (`onnx_model.py`); what the evaluation asks for besides is a `TensorEmbedder`.
+without PyTorch (`onnx_model.py`); what training and evaluation ask for besides is a `TensorEmbedder`.
 
 N images, Q vectors an image, E numbers a vector, P image tokens, D numbers a token, S pixels a side.
 """
@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..indexes.base import Float32
+from ..indexes.base import Float32, Int64
 from .errors import CheckpointError
-from .preprocess import ImageLike
+from .pairing import divide
+from .preprocess import ImageLike, TextTransform, TokenisedTexts
 
 if TYPE_CHECKING:
     import torch
@@ -106,8 +107,35 @@ class Embedder(Protocol):
 class Reranker(Embedder, Protocol):
     """An embedder with an ITM head."""
 
+    @property
+    def pairs_at_once(self) -> int:
+        """Pairs in a pass, where there are many."""
+
+    @property
+    def text_transform(self) -> TextTransform:
+        """From captions to tokens."""
+
+    def match_pass(
+        self,
+        image_tokens: npt.NDArray[Any] | Tensor,
+        text: TokenisedTexts,
+        image_of: Int64 | None = None,
+        text_of: Int64 | None = None,
+    ) -> Float32:
+        """Return the ITM logit "these match" of pairs: (B,), in one pass; raw, no softmax.
+
+        Args:
+            image_tokens: (B, P, D), of `encode`; with `image_of` (N, P, D).
+            text: B captions; with `text_of` M.
+            image_of: (B,), which of N images each pair has.
+            text_of: (B,), which of M captions.
+        """
+
     def match(
-        self, image_tokens: npt.NDArray[Any], texts: Sequence[str], batch_size: int = ...
+        self,
+        image_tokens: npt.NDArray[Any] | Tensor,
+        texts: Sequence[str],
+        batch_size: int = ...,
     ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         """Return the ITM logit "these match" of pairs: (B,); raw, no softmax.
 
@@ -122,7 +150,7 @@ class Reranker(Embedder, Protocol):
 
 
 class TensorEmbedder(Embedder, Protocol):
-    """An embedder of PyTorch, whose two steps can be taken apart."""
+    """An embedder whose two steps can be taken apart, with PyTorch's tensors in between."""
 
     @property
     def device(self) -> torch.device:
@@ -161,6 +189,24 @@ class EncodesImages:
             pixels = [self.image_transform(image) for image in images[start : start + batch_size]]
             found.append(self.encode(np.stack(pixels), keep_tokens=False).features)
         return np.concatenate(found)
+
+
+class MatchesPairs:
+    """What every reranker makes of `text_transform` and `match_pass`."""
+
+    def match(
+        self: Reranker,
+        image_tokens: npt.NDArray[Any] | Tensor,
+        texts: Sequence[str],
+        batch_size: int = 64,
+    ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        """Return the ITM logit "these match" of pairs: (B,), float32; see `Reranker.match`."""
+        logits = [np.empty(0, np.float32)]
+        one = len(image_tokens) == 1  # else each pair has an image of its own: nothing to look up
+        for part in divide(len(image_tokens), texts, batch_size):
+            text, image_of = self.text_transform(part.texts), part.image_of if one else None
+            logits.append(self.match_pass(image_tokens[part.images], text, image_of, part.text_of))
+        return np.concatenate(logits)
 
 
 def as_reranker(model: Embedder) -> Reranker:

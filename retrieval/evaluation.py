@@ -19,13 +19,13 @@ import torch
 
 from ..indexes.base import Float16, Float32, Int64
 from .data import CaptionedImage, captions_and_owners
-from .embedder import TensorEmbedder
+from .embedder import TensorEmbedder, as_reranker
 from .engine import SearchEngine
-from .errors import DatasetError, DeviceMemoryError
+from .errors import BackendError, DatasetError, DeviceMemoryError
 from .feature_cache import cached_features, plain_tokens
 from .itm_cache import ItmCache, itm_cache_name
 from .metrics import bootstrap_intervals, rank_statistics
-from .model import Precision, RetrievalModel, autocast, itc_similarities, with_itm_head
+from .model import Precision, autocast, itc_similarities
 from .progress import Prepare
 from .report import Depth, RetrievalReport
 from .reranking import (
@@ -93,16 +93,19 @@ def evaluate(
         DatasetError: no image can be read, or the index holds other images as well.
         DeviceMemoryError: a batch does not fit into the GPU's memory.
         ModelMismatchError: the index was made by another model.
+        BackendError: another precision than fp32 was asked of ONNX Runtime.
         ScoreError: a score is no number.
         TokenOverflowError: image tokens do not fit into float16.
     """
     if rerank is None:
-        rerank = DEFAULT_RERANK if isinstance(model, RetrievalModel) else 0
+        rerank = DEFAULT_RERANK if model.reranks else 0
     depth = max(rerank, *sweep, 0)
     if depth:
-        with_itm_head(model)
+        as_reranker(model)
     if precision is None:
         precision = "fp16" if model.device.type == "cuda" else "fp32"
+    if precision != "fp32" and not isinstance(model, torch.nn.Module):
+        raise BackendError(f"ONNX Runtime computes in fp32, not in {precision}: --backend torch")
     try:
         return _Evaluation(
             model, rerank, sorted(set(sweep)), depth, directions, precision, memory,
@@ -239,7 +242,7 @@ class _Evaluation:
         folder: Path,
     ) -> dict[Direction, Float32]:
         """Return the ITM logits (R, K) of the candidates of each direction."""
-        model = with_itm_head(self.model)
+        model = self.model
         pairs = pairs_to_match(rankings, len(captions))
         with (
             self.clock("rerank"),
@@ -247,7 +250,7 @@ class _Evaluation:
             ItmCache(folder) as cache,
         ):
             itm = match_pairs(
-                model, image_tokens, captions, pairs,
+                as_reranker(model), image_tokens, captions, pairs,
                 memory=self.memory, cache=cache, on_progress=self.announce("Reranking pairs"),
             )  # fmt: skip
         self.rates["pairs"] = cache.pairs / cache.seconds
@@ -257,8 +260,9 @@ class _Evaluation:
         """Return what decoding and encoding a candidate takes: a query does it, the evaluation not."""
         paths = [image.path for image in images[:_TIMED_IMAGES]]
         start = time.perf_counter()
-        with autocast(self.model.device, self.precision):
-            with_itm_head(self.model).image_tokens(paths)
+        with torch.inference_mode(), autocast(self.model.device, self.precision):
+            pixels = np.stack([self.model.image_transform(path) for path in paths])
+            self.model.encode_pixels(torch.from_numpy(pixels)).cpu()
         return (time.perf_counter() - start) / len(paths)
 
     def _rank_through(

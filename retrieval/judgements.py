@@ -21,10 +21,10 @@ import numpy.typing as npt
 import torch
 
 from .data import CAPTION_COLUMNS, PATH_COLUMNS, RATING, read_columns
-from .embedder import TensorEmbedder
+from .embedder import TensorEmbedder, as_reranker
 from .errors import DatasetError
 from .feature_cache import cached_features, plain_tokens
-from .model import RetrievalModel, itc_similarities
+from .model import itc_similarities
 from .progress import Prepare
 from .reranking import MEMORY, Pairs, match_pairs
 
@@ -121,11 +121,11 @@ def judge(
         features = torch.from_numpy(cached_features(model, tokens.images)).to(model.device)
         itc = itc_similarities(features, model.encode_texts(captions))[images, texts]
         scores = {"itc": itc}
-        if isinstance(model, RetrievalModel):
+        if model.reranks:
             ids, inverse = np.unique(images * len(captions) + texts, return_inverse=True)
             pairs = Pairs(ids // len(captions), ids % len(captions), {})
             itm = match_pairs(
-                model, tokens.images, captions, pairs,
+                as_reranker(model), tokens.images, captions, pairs,
                 memory=memory, on_progress=announce("Matching pairs"),
             )[inverse.ravel()]  # fmt: skip
             scores |= {"itm": itm, "itc+itm": itc + itm}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..indexes.base import Float32
+from ..indexes.base import Float32, Int64
 from .config import ModelConfig
 from .embedder import (
     NO_TOKENS,
     EncodedImages,
     EncodesImages,
-    TensorEmbedder,
-    as_reranker,
+    MatchesPairs,
 )
 from .encoders import build_encoder
 from .errors import DeviceMemoryError
 from .fingerprint import fingerprint
 from .masks import bi_directional_mask, multimodal_causal_mask, uni_modal_mask
-from .pairing import divide
-from .preprocess import ImageLike, ImageTransform, TextTransform
+from .preprocess import ImageLike, ImageTransform, TextTransform, TokenisedTexts
 from .qformer import KeyValue, LanguageModelHead, QFormer
 from .text_batch import TextBatch
 
@@ -47,7 +45,7 @@ class QueryPass(NamedTuple):
     keys_values: tuple[KeyValue, ...]  # for the ITG pass
 
 
-class RetrievalModel(nn.Module, EncodesImages):
+class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
     """BLIP-2 stage 1 (arXiv 2301.12597, section 3.1)."""
 
     reranks = True
@@ -115,6 +113,11 @@ class RetrievalModel(nn.Module, EncodesImages):
         return self.ln_vision.weight.device
 
     @property
+    def pairs_at_once(self) -> int:
+        """Pairs in a pass of the ITM head, where there are many."""
+        return 64 if self.device.type == "cpu" else 512
+
+    @property
     def dtype(self) -> torch.dtype:
         """The weights' type of number."""
         return self.ln_vision.weight.dtype
@@ -162,34 +165,21 @@ class RetrievalModel(nn.Module, EncodesImages):
         return torch.cat(parts)
 
     @torch.inference_mode()
-    def match(
+    def match_pass(
         self,
         image_tokens: Tensor | npt.NDArray[Any],
-        texts: Sequence[str],
-        batch_size: int = 64,
-    ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        """Return the ITM logit "these match" of pairs: (N,), float32; raw, no softmax.
-
-        Args:
-            image_tokens: (N, P, D), of `image_tokens` or `encode`; (1, P, D) pairs one image with
-                all texts.
-            texts: N captions; the i-th is scored against the i-th image.
-            batch_size: pairs a pass.
-
-        Raises:
-            ValueError: the two are not equally many.
-        """
-        tokens, scores = torch.as_tensor(image_tokens), [np.empty(0, np.float32)]
-        for part in divide(len(tokens), texts, batch_size):
-            shared = len(tokens) == 1  # else each pair has an image of its own: nothing to look up
-            logits = self.match_logits(
-                self.normalise_tokens(tokens[part.images].to(self.device, self.dtype)),
-                self.tokenize(part.texts),
-                torch.from_numpy(part.image_of).to(self.device) if shared else None,
-                torch.from_numpy(part.text_of).to(self.device),
-            )
-            scores.append(logits[:, MATCH].float().cpu().numpy())
-        return np.concatenate(scores)
+        text: TokenisedTexts,
+        image_of: Int64 | None = None,
+        text_of: Int64 | None = None,
+    ) -> Float32:
+        """Return the ITM logit "these match" of pairs: (B,), float32; see `Reranker.match_pass`."""
+        tokens = torch.as_tensor(image_tokens).to(self.device, self.dtype)
+        rows = (None if of is None else torch.from_numpy(of) for of in (image_of, text_of))
+        places = [None if of is None else of.to(self.device) for of in rows]
+        batch = TextBatch.of(text).to(self.device)
+        logits = self.match_logits(self.normalise_tokens(tokens), batch, *places)
+        matches: Float32 = logits[:, MATCH].float().cpu().numpy()
+        return matches
 
     def refresh_fingerprint(self) -> None:
         """Recompute `fingerprint`, 16 hex digits that tell this model's features from another's.
@@ -275,15 +265,6 @@ class RetrievalModel(nn.Module, EncodesImages):
         out = self.qformer(token_ids=text.token_ids, mask=mask, past=keys_values)
         hidden: Tensor = out.text
         return hidden
-
-
-def with_itm_head(model: TensorEmbedder) -> RetrievalModel:
-    """Return the model, if it can rerank.
-
-    Raises:
-        CheckpointError: it is a dual encoder.
-    """
-    return cast(RetrievalModel, as_reranker(model))
 
 
 def max_over_queries(image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -46,9 +46,12 @@ class _Graph(nn.Module):
         return self._function(self.model, *inputs)
 
 
-def _images(model: RetrievalModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = model.encode_pixels(pixels)
-    return tokens, model.features_from_encoder(tokens)
+def _encoder(model: RetrievalModel, pixels: Tensor) -> Tensor:
+    return model.encode_pixels(pixels)
+
+
+def _queries(model: RetrievalModel, image_tokens: Tensor) -> Tensor:
+    return model.features_from_encoder(image_tokens)
 
 
 def _texts(model: RetrievalModel, token_ids: Tensor, mask: Tensor) -> Tensor:
@@ -169,7 +172,13 @@ def _signatures(model: RetrievalModel) -> dict[str, tuple[Any, ...]]:
         image_tokens = model.encode_pixels(pixels).clone()
     pairs = {"image_of": torch.tensor([0, 1, 2, 2, 1]), "text_of": torch.tensor([0, 1, 1, 1, 0])}
     return {
-        "images": (_images, {"pixels": pixels}, {"pixels": {0: n}}, ["tokens", "features"]),
+        "encoder": (_encoder, {"pixels": pixels}, {"pixels": {0: n}}, ["tokens"]),
+        "queries": (
+            _queries,
+            {"image_tokens": image_tokens},
+            {"image_tokens": {0: n}},
+            ["features"],
+        ),
         "texts": (_texts, text, text_sizes, ["features"]),
         "match": (
             _match,

@@ -16,8 +16,8 @@ from .names import DEFAULT_MODEL, NAMES, SHORT_NAMES, canonical
 from .own_format import EMBEDDED, FILES, read_json
 
 DESCRIPTION = "onnx.json"
-FORMAT = 1  # of the description and the graphs' inputs and outputs
-GRAPHS = ("images", "texts", "match")
+FORMAT = 2  # of the description and the graphs' inputs and outputs
+GRAPHS = ("encoder", "queries", "texts", "match")
 _READ = (".json", ".safetensors", ".bin", ".pth", ".txt")  # what of a checkpoint's folder is read
 
 

@@ -1,9 +1,10 @@
 """A model on ONNX Runtime: what searching and indexing need of it, without PyTorch.
 
-An exported model is a folder in our own checkpoint format with three graphs, which `onnx_export.py`
+An exported model is a folder in our own checkpoint format with four graphs, which `onnx_export.py`
 makes. They hold no weights, but point into `model.safetensors`:
 
-    images.onnx   pixels (N, 3, S, S)                            -> tokens (N, P, D), features (N, Q, E)
+    encoder.onnx  pixels (N, 3, S, S)                            -> tokens (N, P, D)
+    queries.onnx  image_tokens (N, P, D)                         -> features (N, Q, E)
     texts.onnx    token_ids (M, T), mask (M, T)                  -> features (M, E)
     match.onnx    image_tokens (N, P, D), token_ids (M, T),      -> ITM logits (B,)
                   mask (M, T), image_of (B,), text_of (B,)
@@ -17,28 +18,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..indexes.base import Float32
+from ..indexes.base import Float32, Int64
 from .cache import cache_folder
-from .embedder import NO_TOKENS, EncodedImages, EncodesImages
+from .embedder import NO_TOKENS, EncodedImages, EncodesImages, MatchesPairs
 from .onnx_exports import DESCRIPTION
 from .onnx_sessions import open_session
 from .own_format import load_tokenizer, read_config, read_json
-from .pairing import divide
-from .preprocess import ImageTransform, TextTransform
+from .preprocess import ImageTransform, TextTransform, TokenisedTexts
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # They have to start at once. The encoder gains more by what its own processor likes best.
 _FOR_QUERIES = ("texts", "match")
 
 
-class OnnxModel(EncodesImages):
+class OnnxModel(EncodesImages, MatchesPairs):
     """An exported BLIP-2 retrieval model: a `Reranker` on the CPU."""
 
     reranks = True
+    pairs_at_once = 64
 
     def __init__(self, folder: Path) -> None:
         """Read the description; graphs are loaded when they are first used.
@@ -71,34 +76,73 @@ class OnnxModel(EncodesImages):
 
     def encode(self, pixels: Float32, *, keep_tokens: bool = True) -> EncodedImages:
         """Return the ITC features of pixels (N, 3, S, S), and the encoder's tokens, for `match`."""
-        tokens, features = self._session("images").run(None, {"pixels": pixels})
+        (tokens,) = self._session("encoder").run(None, {"pixels": pixels})
+        (features,) = self._session("queries").run(None, {"image_tokens": tokens})
         return EncodedImages(tokens if keep_tokens else NO_TOKENS, features)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Float32:
         """Return the ITC features of captions: (B, E), float32, each vector of length 1."""
         found = [np.empty((0, self.embedding_size), np.float32)]
         for start in range(0, len(texts), batch_size):
-            inputs = self._text_transform(texts[start : start + batch_size])._asdict()
+            inputs = self.text_transform(texts[start : start + batch_size])._asdict()
             found += self._session("texts").run(None, inputs)
         return np.concatenate(found)
 
-    def match(
-        self, image_tokens: npt.NDArray[Any], texts: Sequence[str], batch_size: int = 64
-    ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        """Return the ITM logit "these match" of pairs: (B,), float32; see `Reranker.match`."""
-        logits = [np.empty(0, np.float32)]
-        for part in divide(len(image_tokens), texts, batch_size):
-            inputs = {
-                "image_tokens": image_tokens[part.images].astype(np.float32, copy=False),
-                **self._text_transform(part.texts)._asdict(),
-                "image_of": part.image_of,
-                "text_of": part.text_of,
-            }
-            logits += self._session("match").run(None, inputs)
-        return np.concatenate(logits)
+    def match_pass(
+        self,
+        image_tokens: npt.NDArray[Any] | Tensor,
+        text: TokenisedTexts,
+        image_of: Int64 | None = None,
+        text_of: Int64 | None = None,
+    ) -> Float32:
+        """Return the ITM logit "these match" of pairs: (B,), float32; see `Reranker.match_pass`."""
+        each = np.arange(len(image_tokens if image_of is None else image_of), dtype=np.int64)
+        inputs = {
+            "image_tokens": np.asarray(image_tokens, np.float32),
+            **text._asdict(),
+            "image_of": each if image_of is None else image_of,
+            "text_of": each if text_of is None else text_of,
+        }
+        (logits,) = self._session("match").run(None, inputs)
+        return logits  # type: ignore[no-any-return]
+
+    # ---- for the evaluation, which takes the encoder and the queries apart --------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        import torch
+
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of number in which everything is computed, float32."""
+        import torch
+
+        return torch.float32
+
+    @property
+    def encoder_fingerprint(self) -> str:
+        """The model's, and that its tokens differ from PyTorch's in the last digits."""
+        return f"{self.fingerprint} onnx"
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the encoder's tokens of pixels (N, 3, S, S): (N, P, D)."""
+        return self._of_tensor("encoder", "pixels", pixels)
+
+    def features_from_encoder(self, tokens: Tensor) -> Tensor:
+        """Return the vectors of the encoder's tokens (N, P, D): (N, Q, E), float32."""
+        return self._of_tensor("queries", "image_tokens", tokens)
+
+    def _of_tensor(self, graph: str, name: str, values: Tensor) -> Tensor:
+        import torch
+
+        return torch.from_numpy(self._session(graph).run(None, {name: values.float().numpy()})[0])
 
     @cached_property
-    def _text_transform(self) -> TextTransform:
+    def text_transform(self) -> TextTransform:
+        """From captions to tokens."""
         return load_tokenizer(self._folder, self._config)
 
     def _load(self, graph: str) -> Any:

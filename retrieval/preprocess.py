@@ -150,6 +150,12 @@ class TokenisedTexts(NamedTuple):
     token_ids: Int64  # (B, T)
     mask: npt.NDArray[np.bool_]  # (B, T), True where there is a token
 
+    def select(self, rows: Int64) -> TokenisedTexts:
+        """Return some of the captions, at least one, without the padding that all of them have."""
+        mask = self.mask[rows]
+        longest = mask.sum(axis=1).max()
+        return TokenisedTexts(self.token_ids[rows, :longest], mask[:, :longest])
+
 
 class TextTransform:
     """Clean and tokenise captions with the checkpoint's own tokenizer."""

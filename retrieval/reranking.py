@@ -16,22 +16,19 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ..indexes.base import Float16, Float32, Int64
+from .embedder import Reranker
 from .errors import ScoreError
 from .itm_cache import ItmCache
 from .metrics import image_ranks, text_ranks
-from .model import MATCH, RetrievalModel
 from .progress import OnProgress
-from .text_batch import TextBatch
 
 Direction = Literal["tr", "ir"]
 
 DIRECTIONS: tuple[Direction, ...] = ("tr", "ir")
 MEMORY = 2 << 30  # bytes of image tokens that are held at once
 _ROWS = 512  # queries sorted at once
-_PAIRS, _PAIRS_ON_GPU = 64, 512  # pairs a pass
 _GROUP = 16  # passes over which pairs are sorted by the length of their captions
 
 
@@ -133,9 +130,8 @@ def pairs_to_match(rankings: Mapping[Direction, Ranking], num_texts: int) -> Pai
     return Pairs(unique // num_texts, unique % num_texts, positions)
 
 
-@torch.inference_mode()
 def match_pairs(
-    model: RetrievalModel,
+    model: Reranker,
     encoder_tokens: Sequence[Float16],
     captions: Sequence[str],
     pairs: Pairs,
@@ -165,9 +161,8 @@ def match_pairs(
     if cache is not None:
         scores = cache.known(pairs.images, pairs.texts)
     missing = np.flatnonzero(np.isnan(scores))
-    text = TextBatch.of(model.text_transform(captions))
-    lengths = text.mask.sum(dim=1).numpy()
-    size = _PAIRS if model.device.type == "cpu" else _PAIRS_ON_GPU
+    text = model.text_transform(captions)
+    lengths, size = text.mask.sum(axis=1), model.pairs_at_once
     done = len(pairs) - len(missing)
     for group in _image_groups(pairs.images[missing], _GROUP * size, encoder_tokens, memory):
         start = time.perf_counter()
@@ -175,14 +170,9 @@ def match_pairs(
         rows = rows[np.argsort(lengths[pairs.texts[rows]], kind="stable")]
         for batch in np.split(rows, range(size, len(rows), size)):
             images, places = np.unique(pairs.images[batch], return_inverse=True)
-            tokens = torch.from_numpy(np.stack([encoder_tokens[image] for image in images]))
-            texts = text.select(torch.from_numpy(pairs.texts[batch])).trimmed().to(model.device)
-            logits = model.match_logits(
-                model.normalise_tokens(tokens.to(model.device, model.dtype)),
-                texts,
-                torch.from_numpy(places.ravel()).to(model.device),
-            )
-            scores[batch] = logits[:, MATCH].float().cpu().numpy()
+            tokens = np.stack([encoder_tokens[image] for image in images])
+            texts = text.select(pairs.texts[batch])
+            scores[batch] = model.match_pass(tokens, texts, places.ravel())
             done += len(batch)
             if on_progress is not None:
                 on_progress(done, len(pairs))

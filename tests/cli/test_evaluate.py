@@ -91,6 +91,17 @@ def test_a_sweep_prints_and_draws(evaluate, tmp_path):
     assert "picture: " in done.stderr
 
 
+def test_the_backend_decides_how_and_not_what(evaluate):
+    found = {}
+    for backend in ("onnx", "torch"):
+        done = evaluate("--model", "mini", "--rerank", 3, "--backend", backend, "--json")
+        found[backend] = json.loads(done.stdout)
+    for name in ("itc", "itc+itm"):
+        assert found["onnx"][name] == pytest.approx(found["torch"][name], abs=12)
+    failed = evaluate("--model", "mini", "--backend", "onnx", "--precision", "bf16", code=1)
+    assert "computes in fp32" in failed.stderr
+
+
 def test_through_the_index(evaluate, tmp_path):
     dense = json.loads(evaluate("--json", "--dense").stdout)
     through = json.loads(evaluate("--json", "--through-index", tmp_path / "index").stdout)

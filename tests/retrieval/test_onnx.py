@@ -13,8 +13,10 @@ import pytest
 from blip2_search.retrieval import backends, loading, onnx_exports, onnx_model
 from blip2_search.retrieval.backends import open_embedder
 from blip2_search.retrieval.checkpoints import save_model
+from blip2_search.retrieval.data import CaptionedImage
 from blip2_search.retrieval.engine import SearchEngine
 from blip2_search.retrieval.errors import BackendError, CheckpointError
+from blip2_search.retrieval.evaluation import evaluate
 from blip2_search.retrieval.loading import load_model
 from blip2_search.retrieval.onnx_export import export
 from blip2_search.retrieval.onnx_exports import find_export
@@ -290,3 +292,21 @@ def test_the_export_of_a_model_from_the_hub_knows_its_revision(monkeypatch, tmp_
     assert list(onnx_exports.sources("blip2-itm-vit-g")) == [str(config)]
     monkeypatch.undo()
     assert onnx_exports.sources("no such/model of/the hub") == {}
+
+
+def test_it_is_evaluated_as_the_model_in_pytorch_is(exported, checkpoint, photos, tmp_path):
+    paths = sorted(photos.iterdir())
+    dataset = [
+        CaptionedImage(path=path, captions=(path.stem, f"a {path.stem}"), group=str(path))
+        for path in paths
+    ]
+    ours, theirs = OnnxModel(exported), load_model(checkpoint, device="cpu")
+    settings = {"rerank": 4, "cache": tmp_path}
+    found, expected = (evaluate(model, dataset, **settings) for model in (ours, theirs))
+    assert found.tables.keys() == {"itc", "itc+itm"}
+    for name, table in expected.tables.items():
+        assert found.tables[name] == pytest.approx(table, abs=100 / len(paths)), name
+    assert found.mean_query_cosine == pytest.approx(expected.mean_query_cosine, abs=1e-3)
+    assert found.rates["images"]  # the tokens of the one are not taken for those of the other
+    with pytest.raises(BackendError, match="fp32, not in bf16"):
+        evaluate(ours, dataset, precision="bf16")
