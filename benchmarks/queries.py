@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -93,18 +93,17 @@ def stages(index: Path, rounds: int) -> dict[str, float]:
     return {name: ends[name] - (ends[names[i - 1]] if i else 0) for i, name in enumerate(names)}
 
 
-def grown(index: Path, images: int, work: Path) -> Path:
-    """Make an index of so many images out of one that keeps image tokens; return its folder."""
+def grow_index(index: Path, images: int, folder: Path) -> None:
+    """Make an index of so many images out of one that keeps image tokens."""
     store = Store.open(index)
     if not store.settings.keeps_tokens:
         raise SystemExit(f"{index} keeps no image tokens")
-    large = Store.create(work / "grown", store.manifest, settings=store.settings)
+    large = Store.create(folder, store.manifest, settings=store.settings)
     with large.writing():
         grow(large, store.features(), images, [record.content_hash for record in store.records])
         large.compact(0.2)
         StoredIndex(large).refresh()
-    (large.directory / TOKENS).symlink_to((index / TOKENS).resolve(), target_is_directory=True)
-    return large.directory
+    (folder / TOKENS).symlink_to((index / TOKENS).resolve(), target_is_directory=True)
 
 
 def warm(index: Path) -> dict[str, Any]:
@@ -130,24 +129,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--index", type=Path, required=True)
     parser.add_argument("--grown", type=int, metavar="N", help="search a larger index, too")
-    parser.add_argument("--work", type=Path, help="a folder for it; left as it was")
+    parser.add_argument("--work", type=Path, help="where it lies for a while")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rclip-python", help="a Python that has rclip")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.grown and not args.work:
-        parser.error("--grown takes --work")
-    indexes = [args.index]
-    if args.grown:
-        indexes.append(grown(args.index, args.grown, args.work))
-    report = {
+    report: dict[str, Any] = {
         "images": SearchEngine(args.index).info().images,
         "cold_s": cold(args.index, args.rclip_python, args.rounds),
         "stages_s": stages(args.index, args.rounds),
-        "warm": [warm(index) for index in indexes],
+        "warm": [warm(args.index)],
     }
-    for index in indexes[1:]:
-        shutil.rmtree(index)
+    if args.grown:
+        with tempfile.TemporaryDirectory(dir=args.work) as folder:
+            large = Path(folder) / "index"
+            grow_index(args.index, args.grown, large)
+            report["warm"].append(warm(large))
     _print(report)
     if args.out:
         args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

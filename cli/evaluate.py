@@ -252,11 +252,9 @@ def evaluate(
 
 def _open(model: str, device: str, backend: options.Backend, dtype: str) -> TensorEmbedder:
     from ..retrieval.backends import open_embedder
-    from ..retrieval.loading import load_embedder
 
-    if backend is options.Backend.torch:
-        return load_embedder(model, device, dtype)
-    return cast("TensorEmbedder", open_embedder(model, device, backend.value))
+    # Of PyTorch or of ONNX Runtime, it can be taken apart.
+    return cast("TensorEmbedder", open_embedder(model, device, backend.value, dtype))
 
 
 def _read(

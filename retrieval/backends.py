@@ -17,7 +17,10 @@ _GPU_FILES = (  # Linux: NVIDIA, Jetson, WSL, AMD
 
 
 def open_embedder(
-    name: str | os.PathLike[str] = DEFAULT_MODEL, device: str = "auto", backend: Backend = "auto"
+    name: str | os.PathLike[str] = DEFAULT_MODEL,
+    device: str = "auto",
+    backend: Backend = "auto",
+    dtype: str = "auto",
 ) -> Embedder:
     """Load what `load_embedder` loads, for indexing and searching.
 
@@ -27,6 +30,7 @@ def open_embedder(
         backend: "torch"; "onnx" runs on the CPU and needs no PyTorch where the model has been
             exported, as `mini` is, and exports it to the user's cache where not; "auto" takes an
             exported model where there is one and no GPU to use.
+        dtype: as for `load_embedder`; ONNX Runtime computes in float32.
 
     Raises:
         CheckpointError: as `load_embedder`.
@@ -45,7 +49,7 @@ def open_embedder(
             return OnnxModel(folder)
     from .loading import load_embedder
 
-    return load_embedder(name, device)
+    return load_embedder(name, device, dtype)
 
 
 def _open_onnx(name: str, device: str) -> Embedder:

@@ -54,7 +54,7 @@ class PixelTransform(Protocol):
         """
 
     def to_pixels(self, image: Image.Image) -> Float32:
-        """Return pixels (3, S, S) of an image that `load_image` gave."""
+        """Return pixels (3, S, S) of an upright RGB image."""
 
 
 class Embedder(Protocol):

@@ -26,6 +26,7 @@ from .feature_cache import cached_features, plain_tokens
 from .itm_cache import ItmCache, itm_cache_name
 from .metrics import bootstrap_intervals, rank_statistics
 from .model import Precision, autocast, itc_similarities
+from .onnx_model import OnnxModel
 from .progress import Prepare
 from .report import Depth, RetrievalReport
 from .reranking import (
@@ -73,7 +74,7 @@ def evaluate(
     """Measure retrieval on captioned images.
 
     Args:
-        model: of `load_embedder`.
+        model: of `load_embedder` or `open_embedder`.
         dataset: images with their captions, of one split; images that cannot be read are left out
             with their captions, and reported.
         rerank: candidates a query that ITM scores; None is 128, and 0 for a dual encoder.
@@ -104,7 +105,7 @@ def evaluate(
         as_reranker(model)
     if precision is None:
         precision = "fp16" if model.device.type == "cuda" else "fp32"
-    if precision != "fp32" and not isinstance(model, torch.nn.Module):
+    if precision != "fp32" and isinstance(model, OnnxModel):
         raise BackendError(f"ONNX Runtime computes in fp32, not in {precision}: --backend torch")
     try:
         return _Evaluation(

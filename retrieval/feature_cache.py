@@ -34,6 +34,7 @@ from .recipe import DataConfig
 
 IMAGES_A_BATCH = 32
 IMAGES_A_FILE = 512
+_PIXELS = 2  # of the way from an image to pixels: raised when that changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ def encoder_tokens(
     Raises:
         TokenOverflowError: the tokens overflow float16.
     """
-    settings = f"{views} {precision} {model.dtype}"
+    settings = f"{_PIXELS} {views} {precision} {model.dtype} {'onnx' if encode else 'torch'}"
     if views > 1:
         settings += f" {seed} {data.augment} {data.crop_scale} {data.flip}"
     folder = directory / _cache_key(model, paths, settings)
@@ -171,8 +172,9 @@ class _Views:
     def __call__(self, row: int, path: Path) -> Float32 | ImageReadError:
         """Return the pixels of all views of an image: (V, 3, S, S)."""
         try:
+            whole = self.transform(path)
             if self.views == 1:
-                return self.transform(path)[None]
+                return whole[None]
             image = load_image(path)
         except ImageReadError as error:
             return error
@@ -181,7 +183,7 @@ class _Views:
             crop_to_pixels(image, self.transform, self.data, generator)
             for _ in range(self.views - 1)
         ]
-        return np.stack([self.transform.to_pixels(image), *crops])
+        return np.stack([whole, *crops])
 
 
 def _fill(

@@ -98,7 +98,7 @@ def judge(
     """Compare a model's scores with what people think.
 
     Args:
-        model: of `load_embedder`.
+        model: of `load_embedder` or `open_embedder`.
         judgements: of `read_judgements`; those of images that cannot be read are left out.
         memory: bytes of image tokens that are held at once.
         cache: the folder of encoded images; None is a temporary one.

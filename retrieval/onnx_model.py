@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # They have to start at once. The encoder gains more by what its own processor likes best.
-_FOR_QUERIES = ("texts", "match")
+_MAPPED = ("texts", "match")
 
 
 class OnnxModel(EncodesImages, MatchesPairs):
@@ -146,7 +146,5 @@ class OnnxModel(EncodesImages, MatchesPairs):
         return load_tokenizer(self._folder, self._config)
 
     def _load(self, graph: str) -> Any:
-        kept = (
-            cache_folder() / "onnx-optimised" / self.fingerprint if graph in _FOR_QUERIES else None
-        )
+        kept = cache_folder() / "onnx-optimised" / self.fingerprint if graph in _MAPPED else None
         return open_session(self._folder / f"{graph}.onnx", kept)

@@ -25,13 +25,14 @@ _GRAPH, _WEIGHTS = "graph.onnx", "weights"
 SMALL = 1024  # bytes: smaller tensors are kept in a graph
 
 
-def open_session(graph: Path, kept: Path | None) -> Any:
+def open_session(graph: Path, kept: Path | None, threads: int = 0) -> Any:
     """Open a graph.
 
     Args:
         graph: an ONNX file.
         kept: the folder in which to keep what is made of it, used for graphs of one model alone; None
             keeps nothing, and optimises for this very processor.
+        threads: how many compute; 0 is one a core.
 
     Raises:
         BackendError: ONNX Runtime cannot be loaded.
@@ -43,7 +44,9 @@ def open_session(graph: Path, kept: Path | None) -> Any:
         raise BackendError(f"ONNX Runtime cannot be loaded ({error}): --backend torch") from error
     try:
         if kept is None:
-            return _session(graph, ort.SessionOptions())
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = threads
+            return _session(graph, options)
         return _optimised(graph, kept, ort.__version__)
     except Exception as error:  # ONNX Runtime's errors share no base
         raise CheckpointError(f"{graph} cannot be used: {error}") from error

@@ -69,12 +69,16 @@ def _load(image: ImageLike | BinaryIO, size: tuple[int, int] | None) -> LoadedIm
             upright = _upright_rgb(image)
             return LoadedImage(upright, *upright.size)
         with Image.open(image) as opened:
-            width, height = opened.size
-            if opened.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
-                width, height = height, width
+            whole, turned = opened.size, opened.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
             if size is not None:
                 opened.draft(None, (REDUCED * max(size), REDUCED * max(size)))
-            return LoadedImage(_upright_rgb(opened), width, height)
+            reduced = opened.size != whole
+            upright = _upright_rgb(opened)
+            if not reduced:
+                whole = upright.size
+            elif turned:
+                whole = whole[::-1]
+            return LoadedImage(upright, *whole)
     # Pillow's decoders and its EXIF reader raise whatever a damaged file leads them to.
     except Exception as error:
         path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
@@ -120,7 +124,7 @@ class ImageTransform:
         return self.to_pixels(load_for(image, self.size).image)
 
     def to_pixels(self, image: Image.Image) -> Float32:
-        """Squash an image that `load_image` gave, and return its pixels (3, S, S), float32."""
+        """Squash an upright RGB image, and return its pixels (3, S, S), float32."""
         return self.normalise(image.resize(self.size, Image.Resampling.BICUBIC))
 
     def normalise(self, image: Image.Image) -> Float32:

@@ -142,7 +142,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float | None = None
     # Leave what captions pass through as it is (self-attention, text feed-forward, embeddings) and
-    # train the query half to match: locked-text tuning. A caption is then encoded once in a run.
+    # train the query half to match: locked-text tuning. A caption is then encoded once in a run, but not from shards.
     freeze_text: bool = False
     # The encoder
     train_encoder: bool = False
@@ -200,6 +200,9 @@ class Recipe:
             raise ValueError("[model] describes a new model: give it with [start] bert, only")
         if self.data.views and self.train.train_encoder:
             raise ValueError("data.views caches a frozen encoder: it excludes train.train_encoder")
+        cached = not self.train.train_encoder and not self.data.augment
+        if cached and self.data.crop_size is not None:
+            raise ValueError("data.crop_size is for images that are not encoded beforehand")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `Recipe.from_dict` is the inverse."""

@@ -32,11 +32,6 @@ class TextBatch:
         """Return some of the captions; `rows` (B',) are their numbers."""
         return TextBatch(self.token_ids[rows], self.mask[rows])
 
-    def trimmed(self) -> TextBatch:
-        """Return the batch without the padding that all of its captions have."""
-        longest = int(self.mask.sum(dim=1).max())
-        return TextBatch(self.token_ids[:, :longest], self.mask[:, :longest])
-
     def unpadded(self) -> list[tuple[int, ...]]:
         """Return the token ids of each caption without padding: what tells them apart."""
         lengths = self.mask.sum(dim=1).tolist()

@@ -16,7 +16,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batches import Batch, BatchSource
 from .distributed import World, any_says, gather, gather_reasons
-from .encoders import TimmEncoder
 from .errors import DeviceMemoryError, RecipeError, TrainingError
 from .frozen_parts import FrozenStages, FrozenTexts, frozen_stages
 from .interrupts import deferred_interrupts
@@ -44,16 +43,19 @@ class Objectives(nn.Module):
         config: TrainConfig,
         encoded: bool,
         processes: int = 1,
-        frozen_stages: FrozenStages | None = None,
-        frozen_texts: FrozenTexts | None = None,
+        stages: FrozenStages | None = None,
+        texts: FrozenTexts | None = None,
     ) -> None:
-        """Compute from encoder tokens (`encoded`) or from pixels; each process does its share."""
+        """Compute from encoder tokens (`encoded`) or from pixels; each process does its share.
+
+        Where they are given, `stages` encode pixels and `texts` captions.
+        """
         super().__init__()
         self.model = model
         self.config = config
         self.encoded = encoded
         self._anchors = config.itm_anchors and config.itm_anchors // processes
-        self._frozen_stages, self._frozen_texts = frozen_stages, frozen_texts
+        self._stages, self._texts = stages, texts
 
     def forward(
         self, images: Tensor, text: TextBatch, group_ids: Tensor, hard: float, seed: int
@@ -70,7 +72,7 @@ class Objectives(nn.Module):
             seed: of the draw of negatives; the same in all processes.
         """
         model, config = self.model, self.config
-        tokens = images if self.encoded else self._encode(images)
+        tokens = images if self.encoded else (self._stages or model.image_encoder)(images)
         queries = model.query_pass(model.normalise_tokens(tokens))
         texts = model.features_from_text(self._text_states(text))
         itc = itc_loss(queries.image_features, texts, model.temperature, group_ids)
@@ -88,20 +90,12 @@ class Objectives(nn.Module):
             losses["itg"] = itg_loss(model, text, queries.keys_values, dec_id)
         return losses
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        encoder, stages = self.model.image_encoder, self._frozen_stages
-        if stages is None:
-            tokens: Tensor = encoder(pixels)
-            return tokens
-        assert isinstance(encoder, TimmEncoder)
-        return encoder.upper(stages.run(pixels), stages.blocks)
-
     def _text_states(self, text: TextBatch) -> Tensor:
         model = self.model
         if not self.config.freeze_text:
             return model.text_states(text)
-        if self._frozen_texts is not None:
-            return self._frozen_texts(text)
+        if self._texts is not None:
+            return self._texts(text)
         model.qformer.eval()  # without dropout
         with torch.no_grad():
             states = model.text_states(text)

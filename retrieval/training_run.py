@@ -108,8 +108,7 @@ def run_recipe(
         text_transform, texts = _training_text(model, recipe.data.text_tokens), None
         if config.freeze_text and prepared.source.captions is not None:
             announce = prepare if world.is_first else None
-            on_progress = announce("Encoding captions") if announce else None
-            texts = FrozenTexts(model, prepared.source.captions, text_transform, on_progress)
+            texts = FrozenTexts(model, prepared.source.captions, text_transform, announce)
         trainer = Trainer(
             model,
             prepared.source,

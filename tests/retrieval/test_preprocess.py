@@ -227,10 +227,15 @@ def test_a_large_jpeg_is_decoded_at_a_fraction(tmp_path):
     assert np.abs(transform(file) - whole).mean() < 0.02
 
 
-@pytest.mark.parametrize(("size", "suffix"), [((399, 800), ".jpg"), ((1200, 800), ".png")])
-def test_other_images_are_decoded_in_full(tmp_path, size, suffix):
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("size", "suffix"), [((399, 800), ".jpg"), ((1200, 800), ".png"), ((1200, 800), ".tif")]
+)
+def test_other_images_are_decoded_in_full(tmp_path, size, suffix, orientation):
     file = tmp_path / f"image{suffix}"
-    waves(size).save(file)
-    image, width, height = load_for(file, (100, 100))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    waves(size).save(file, exif=exif)
+    image, *upright = load_for(file, (100, 100))
     assert image == load_image(file)
-    assert (width, height) == size
+    assert tuple(upright) == image.size == (size if orientation == 1 else size[::-1])

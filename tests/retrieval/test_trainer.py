@@ -50,7 +50,12 @@ def cached(model, shapes, folder, views=1):
 def trainer(shapes, tmp_path, config, **settings):
     """Return a trainer of a fresh tiny model, on its cached tokens."""
     model = build_tiny_model()
-    source = CachedTokens(shapes, cached(model, shapes, tmp_path / "cache", views=2))
+    if config.train_encoder:
+        source = DrawnImages(shapes, model.image_transform, DataConfig(workers=0))
+    else:
+        source = CachedTokens(shapes, cached(model, shapes, tmp_path / "cache", views=2))
+    if config.freeze_text:
+        settings["frozen_texts"] = FrozenTexts(model, source.captions, model.text_transform)
     return Trainer(model, source, config, **settings)
 
 
@@ -198,7 +203,15 @@ def test_each_objective_alone_lowers_its_own_loss(shapes, tmp_path, objective):
     assert history[-1]["loss"] == pytest.approx(history[-1][objective])
 
 
-@pytest.mark.parametrize("more", [{}, {"ema_decay": 0.9}, {"freeze_text": True}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"ema_decay": 0.9},
+        {"freeze_text": True},
+        {"train_encoder": True, "encoder_layers": 2},
+    ],
+)
 def test_a_resumed_run_is_the_tail_of_an_uninterrupted_one(shapes, tmp_path, more):
     def config(steps):
         return TrainConfig(
