@@ -41,6 +41,14 @@ def grow(store: Store, real: Float16, images: int, hashes: Sequence[str] = ()) -
         store.append([_record(first + i, hashes) for i in range(count)], features)
 
 
+def grow_index(store: Store, real: Float16, images: int, hashes: Sequence[str] = ()) -> None:
+    """Bring an index to so many images, and to what the indexer leaves."""
+    with store.writing():
+        grow(store, real, images, hashes)
+        store.compact(0.2)
+        StoredIndex(store).refresh()
+
+
 def _record(number: int, hashes: Sequence[str]) -> ImageRecord:
     return ImageRecord(
         path=f"/photos/{number // 1000:04d}/{number:08d}.jpg",
@@ -92,10 +100,8 @@ def measure(store: Store, real: Float16, queries: Float32, calibration: Float32)
     found["disk_bytes_an_image"] = store.size_on_disk() / len(store)
 
     def add() -> None:
-        with Store.open(store.directory).writing() as fresh:
-            grow(fresh, real, len(fresh) + ADDED)
-            fresh.compact(0.2)
-            StoredIndex(fresh).refresh()
+        fresh = Store.open(store.directory)
+        grow_index(fresh, real, len(fresh) + ADDED)
 
     found[f"add_{ADDED}_s"] = seconds(add)
     return found

@@ -25,10 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..indexes.store import Store
-from ..indexes.stored import StoredIndex
 from ..indexes.token_files import TOKENS
 from ..retrieval.engine import SearchEngine
-from .index_growth import grow
+from .index_growth import grow_index
 from .index_tradeoff import QUERIES
 
 DEPTHS = (0, 16, 32, 128)
@@ -93,16 +92,14 @@ def stages(index: Path, rounds: int) -> dict[str, float]:
     return {name: ends[name] - (ends[names[i - 1]] if i else 0) for i, name in enumerate(names)}
 
 
-def grow_index(index: Path, images: int, folder: Path) -> None:
+def enlarge(index: Path, images: int, folder: Path) -> None:
     """Make an index of so many images out of one that keeps image tokens."""
     store = Store.open(index)
     if not store.settings.keeps_tokens:
         raise SystemExit(f"{index} keeps no image tokens")
     large = Store.create(folder, store.manifest, settings=store.settings)
-    with large.writing():
-        grow(large, store.features(), images, [record.content_hash for record in store.records])
-        large.compact(0.2)
-        StoredIndex(large).refresh()
+    hashes = [record.content_hash for record in store.records]
+    grow_index(large, store.features(), images, hashes)
     (folder / TOKENS).symlink_to((index / TOKENS).resolve(), target_is_directory=True)
 
 
@@ -143,7 +140,7 @@ def main() -> None:
     if args.grown:
         with tempfile.TemporaryDirectory(dir=args.work) as folder:
             large = Path(folder) / "index"
-            grow_index(args.index, args.grown, large)
+            enlarge(args.index, args.grown, large)
             report["warm"].append(warm(large))
     _print(report)
     if args.out:

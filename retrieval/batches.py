@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..indexes.base import Float32
 from .augment import crop_to_pixels
-from .data import CaptionedImage
+from .data import CaptionedImage, captions_and_owners
 from .distributed import World
 from .errors import DatasetError, ImageReadError
 from .feature_cache import TokenCache
@@ -43,7 +43,10 @@ class BatchSource(Protocol):
 
     images: int | None  # in an epoch; None for a stream
     encoded: bool  # whether `Batch.images` are encoder tokens
-    captions: list[str] | None  # all that may come; None for a stream
+
+    @property
+    def captions(self) -> list[str] | None:
+        """All that may come; None for a stream."""
 
     def batches(self, batch_size: int, first: int, seed: int, world: World) -> Iterator[Batch]:
         """Yield this process's share of the batches number `first`, `first + 1`, ... for ever."""
@@ -66,7 +69,11 @@ class CachedTokens:
         self._cache = cache
         self._captions_per_image = captions_per_image
         self.images: int | None = len(self._data)
-        self.captions: list[str] | None = _captions(self._data)
+
+    @property
+    def captions(self) -> list[str] | None:
+        """All of them."""
+        return captions_and_owners(self._data)[0]
 
     def batches(self, batch_size: int, first: int, seed: int, world: World) -> Iterator[Batch]:
         """Yield batches; of each image one view is drawn, and its captions."""
@@ -99,17 +106,17 @@ class DrawnImages:
         self._transform = transform
         self._config = config
         self.images: int | None = len(data)
-        self.captions: list[str] | None = _captions(data)
+
+    @property
+    def captions(self) -> list[str] | None:
+        """All of them."""
+        return captions_and_owners(self._data)[0]
 
     def batches(self, batch_size: int, first: int, seed: int, world: World) -> Iterator[Batch]:
         """Yield batches; in place of an image that cannot be read stands the next one that can."""
         dataset = _Drawings(self._data, self._transform, self._config, seed)
         sampler = _Rows(len(self._data), batch_size, first, seed, world)
         return load_batches(dataset, self._config.workers, batch_sampler=sampler)
-
-
-def _captions(data: Sequence[CaptionedImage]) -> list[str]:
-    return [caption for image in data for caption in image.captions]
 
 
 def load_batches(dataset: Dataset[Any], workers: int, **sampling: Any) -> Iterator[Batch]:

@@ -71,3 +71,8 @@ class RecipeError(Blip2SearchError):
 
 class TrainingError(Blip2SearchError):
     """The training run cannot start, go on, or be resumed; the message says what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a foreign error's message, or its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

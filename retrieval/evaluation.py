@@ -243,15 +243,15 @@ class _Evaluation:
         folder: Path,
     ) -> dict[Direction, Float32]:
         """Return the ITM logits (R, K) of the candidates of each direction."""
-        model = self.model
+        model = as_reranker(self.model)
         pairs = pairs_to_match(rankings, len(captions))
         with (
             self.clock("rerank"),
-            autocast(model.device, self.precision),
+            autocast(self.model.device, self.precision),
             ItmCache(folder) as cache,
         ):
             itm = match_pairs(
-                as_reranker(model), image_tokens, captions, pairs,
+                model, image_tokens, captions, pairs,
                 memory=self.memory, cache=cache, on_progress=self.announce("Reranking pairs"),
             )  # fmt: skip
         self.rates["pairs"] = cache.pairs / cache.seconds

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .encoders import TimmEncoder
+from .errors import first_line
 from .model import Precision, RetrievalModel
 from .onnx_export import can_export, onnx_graph
 from .onnx_sessions import open_session
@@ -67,8 +68,8 @@ class FrozenPart:
                 file.write_bytes(graph.SerializeToString())
                 return open_session(file, None, threads=torch.get_num_threads())
         except Exception as error:  # every layer of the exporter has errors of its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            log.warning("PyTorch encodes, as ONNX Runtime cannot take the encoder: %s", reason)
+            why = first_line(error)
+            log.warning("PyTorch encodes, as ONNX Runtime cannot take the encoder: %s", why)
             return None
         finally:
             self._encoder.train(training)

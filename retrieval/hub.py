@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .checkpoints import load_tensors
 from .config import EncoderConfig, ModelConfig, PreprocessConfig, QFormerConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
 from .model import RetrievalModel
 from .own_format import read_json
 from .preprocess import TextTransform
@@ -366,11 +366,6 @@ def read_pickle(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} holds no named tensors")
     return data
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a foreign error's message, or its name where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def only_tensors(data: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .checkpoints import load_tensors
 from .config import EncoderConfig, ModelConfig, PreprocessConfig, QFormerConfig
-from .errors import CheckpointError
-from .hub import first_line, only_tensors, qformer_names, read_pickle, weights_and_biases
+from .errors import CheckpointError, first_line
+from .hub import only_tensors, qformer_names, read_pickle, weights_and_biases
 from .model import RetrievalModel
 from .own_format import EMBEDDED, load_tokenizer
 from .preprocess import TextTransform

@@ -14,7 +14,7 @@ import torch
 
 from .checkpoints import load_own
 from .dual_encoder import DualEncoder
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
 from .hub import load_hub
 from .lavis import load_lavis
 from .model import RetrievalModel
@@ -86,7 +86,7 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"device {device!r} cannot be used: {reason}") from error
     return chosen
 

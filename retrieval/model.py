@@ -174,8 +174,10 @@ class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
     ) -> Float32:
         """Return the ITM logit "these match" of pairs: (B,), float32; see `Reranker.match_pass`."""
         tokens = torch.as_tensor(image_tokens).to(self.device, self.dtype)
-        rows = (None if of is None else torch.from_numpy(of) for of in (image_of, text_of))
-        places = [None if of is None else of.to(self.device) for of in rows]
+        places = (
+            None if of is None else torch.from_numpy(of).to(self.device)
+            for of in (image_of, text_of)
+        )
         batch = TextBatch.of(text).to(self.device)
         logits = self.match_logits(self.normalise_tokens(tokens), batch, *places)
         matches: Float32 = logits[:, MATCH].float().cpu().numpy()

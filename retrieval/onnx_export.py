@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..indexes.files import TEMPORARY, replace_file
 from .checkpoints import save_model
-from .errors import BackendError, CheckpointError
+from .errors import BackendError, CheckpointError, first_line
 from .loading import load_model
 from .model import MATCH, RetrievalModel
 from .names import DEFAULT_MODEL
@@ -148,8 +148,9 @@ def write_graphs(model: RetrievalModel, folder: Path, made_of: dict[str, list[in
         try:
             graph = onnx_graph(model, function, inputs, sizes, outputs)
         except Exception as error:  # every layer of the exporter has errors of its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"{model.name} cannot be exported to ONNX: {reason}") from error
+            raise CheckpointError(
+                f"{model.name} cannot be exported to ONNX: {first_line(error)}"
+            ) from error
         _point_to_weights(graph, where)
         replace_file(folder / f"{name}.onnx", graph.SerializeToString())
     description = {

@@ -101,8 +101,6 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1")
-        if self.crop_size is not None and self.views:
-            raise ValueError("data.views caches the image itself too: it excludes data.crop_size")
         if not 0 <= self.validation_share < 1:
             raise ValueError("validation_share is in [0, 1)")
         if self.rows == "captions" and self.views:
@@ -142,7 +140,8 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float | None = None
     # Leave what captions pass through as it is (self-attention, text feed-forward, embeddings) and
-    # train the query half to match: locked-text tuning. A caption is then encoded once in a run, but not from shards.
+    # train the query half to match: locked-text tuning. A caption is then encoded once in a run; one
+    # from shards each time.
     freeze_text: bool = False
     # The encoder
     train_encoder: bool = False
@@ -200,9 +199,17 @@ class Recipe:
             raise ValueError("[model] describes a new model: give it with [start] bert, only")
         if self.data.views and self.train.train_encoder:
             raise ValueError("data.views caches a frozen encoder: it excludes train.train_encoder")
-        cached = not self.train.train_encoder and not self.data.augment
-        if cached and self.data.crop_size is not None:
-            raise ValueError("data.crop_size is for images that are not encoded beforehand")
+        if self.views and self.data.crop_size is not None:
+            raise ValueError(
+                "what is encoded beforehand (data.views, or everything without data.augment) is of "
+                "data.image_size: it excludes data.crop_size"
+            )
+
+    @property
+    def views(self) -> int:
+        """Views of an image that are encoded beforehand; 0 is none."""
+        frozen = not self.train.train_encoder
+        return self.data.views or int(frozen and not self.data.augment)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `Recipe.from_dict` is the inverse."""

@@ -72,7 +72,8 @@ def training_data(
     if not held_out:
         train, held_out = _hold_out(train, config.validation_share, train_config.seed)
 
-    encode = None if train_config.train_encoder else frozen_encoder(model, precision)
+    frozen = not train_config.train_encoder
+    encode = frozen_encoder(model, precision) if frozen else None
 
     def tokens(images: Sequence[CaptionedImage], views: int, what: str) -> TokenCache:
         return encoder_tokens(
@@ -91,14 +92,14 @@ def training_data(
         train = [replace(image, captions=(one,)) for image in train for one in image.captions]
     if not shards:
         check_length(train_config, len(train))
-    frozen = not train_config.train_encoder
-    views = config.views or int(frozen and not config.augment)
     if shards:
         source: BatchSource = Shards(shards, _training_images(model, config), config)
-    elif views:
+    elif recipe.views:
         if not world.is_first:
             any_says(False)  # until the first has filled the cache
-        source = CachedTokens(train, tokens(train, views, "training"), config.captions_per_image)
+        source = CachedTokens(
+            train, tokens(train, recipe.views, "training"), config.captions_per_image
+        )
         if world.is_first:
             any_says(False)
     else:

@@ -106,9 +106,9 @@ def run_recipe(
         if tensorboard and world.is_first:
             observers.append(stack.enter_context(_tensorboard(out / "tensorboard")))
         text_transform, texts = _training_text(model, recipe.data.text_tokens), None
-        if config.freeze_text and prepared.source.captions is not None:
+        if config.freeze_text and (captions := prepared.source.captions) is not None:
             announce = prepare if world.is_first else None
-            texts = FrozenTexts(model, prepared.source.captions, text_transform, announce)
+            texts = FrozenTexts(model, captions, text_transform, announce)
         trainer = Trainer(
             model,
             prepared.source,
