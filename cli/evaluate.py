@@ -109,7 +109,7 @@ def evaluate(
             "--rerank",
             min=0,
             metavar="K",
-            help="Candidates a query that ITM scores.  [default: 128; 0 for a dual encoder]",
+            help="Candidates a query that ITM scores.  [default: 128; 0 for a model without an ITM head]",
         ),
     ] = None,
     sweep_rerank: Annotated[

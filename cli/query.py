@@ -53,7 +53,7 @@ def query(
             min=0,
             metavar="N",
             help="How many of the best are looked at a second time; 0 is faster and less exact.  "
-            "[default: 10; 0 for a dual encoder]",
+            "[default: 10; 0 for a model without an ITM head]",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,

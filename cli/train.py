@@ -76,6 +76,7 @@ def train(
     Recipes:
       mini                  the default model, from ImageNet and MiniLM weights; an hour on a laptop
       mini-finetune         its second part: the image encoder is trained too
+      mini-queries          its query half anew, by ITC alone: finds more, without rerank
       pretrain-vit-l        BLIP-2's stage 1, as published
       pretrain-vit-g
       finetune-coco-vit-g   BLIP-2's retrieval fine-tuning on COCO, as published

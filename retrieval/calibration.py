@@ -42,6 +42,9 @@ def calibrate_itm(
 
     Returns:
         the scale, and for each scale that lesser gain, in points of R@1.
+
+    Raises:
+        CheckpointError: the model has no ITM head.
     """
     with plain_tokens(model, [image.path for image in images], None) as cache:
         captions, owner = captions_and_owners([images[row] for row in cache.rows])
@@ -59,6 +62,7 @@ def calibrate_itm(
 
     gains = {scale: min(gain(direction, scale) for direction in DIRECTIONS) for scale in scales}
     best = max(gains, key=gains.__getitem__)
+    assert model.itm_head is not None  # it has matched
     model.itm_head.weight.mul_(best)
     model.itm_head.bias.mul_(best)
     model.refresh_fingerprint()

@@ -110,7 +110,7 @@ def rank_texts(
 
     Raises:
         ImageReadError: the image cannot be read.
-        CheckpointError: a rerank was asked of a dual encoder.
+        CheckpointError: a rerank was asked of a model without an ITM head.
     """
     index = index_in_memory(model.encode_texts(list(texts))[:, None])  # a vector a text
     tokens, features = model.encode(model.image_transform(image)[None], keep_tokens=depth > 0)

@@ -114,6 +114,8 @@ class ModelConfig:
     # convolutional features, which has none.
     image_positions: int = 0
     lm_head: bool = True  # the hub's checkpoints were published without one
+    # False for a model that was trained by ITC alone. The fingerprint need not say it: it counts the weights.
+    itm_head: bool = field(default=True, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-able data; `from_dict` is the inverse."""

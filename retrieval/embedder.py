@@ -60,7 +60,9 @@ class PixelTransform(Protocol):
 class Embedder(Protocol):
     """A model that gives Q vectors an image and one a text, all of length 1."""
 
-    reranks: bool  # it is a `Reranker`
+    @property
+    def reranks(self) -> bool:
+        """Whether it is a `Reranker`."""
 
     @property
     def name(self) -> str:
@@ -213,8 +215,8 @@ def as_reranker(model: Embedder) -> Reranker:
     """Return the model, if it can rerank.
 
     Raises:
-        CheckpointError: it is a dual encoder.
+        CheckpointError: it is a dual encoder, or was trained by ITC alone.
     """
     if not model.reranks:
-        raise CheckpointError(f"{model.name} is a dual encoder without an ITM head: rerank 0")
+        raise CheckpointError(f"{model.name} is a model without an ITM head: rerank 0")
     return cast(Reranker, model)

@@ -306,7 +306,7 @@ class SearchEngine:
             query: a text (str), an image file (Path) or a PIL image.
             k: how many hits.
             rerank: how many of the best by ITC are scored by the ITM head, at least k; 0 is ITC
-                alone. None is `DEFAULT_RERANK`, and 0 for a dual encoder, which has no ITM head.
+                alone. None is `DEFAULT_RERANK`, and 0 for a model without an ITM head.
                 An image query is ITC alone always: ITM compares an image with a text.
 
         Returns:
@@ -317,7 +317,7 @@ class SearchEngine:
             StoreMissingError: there is no index, or it is empty.
             ModelMismatchError: the index was made by another model.
             ImageReadError: the image query cannot be read.
-            CheckpointError: a rerank was asked of a dual encoder.
+            CheckpointError: a rerank was asked of a model without an ITM head.
         """
         if k < 1 or (rerank or 0) < 0:
             raise VectorIndexError("k must be at least 1 and rerank at least 0")

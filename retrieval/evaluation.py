@@ -77,7 +77,7 @@ def evaluate(
         model: of `load_embedder` or `open_embedder`.
         dataset: images with their captions, of one split; images that cannot be read are left out
             with their captions, and reported.
-        rerank: candidates a query that ITM scores; None is 128, and 0 for a dual encoder.
+        rerank: candidates a query that ITM scores; None is 128, and 0 without an ITM head.
         sweep: further depths of rerank to report.
         directions: "tr" (image -> text), "ir" (text -> image), or both.
         precision: of the encoder and of ITM, by autocast; what ITC compares is computed in the
@@ -90,7 +90,7 @@ def evaluate(
         prepare: called with the name of a long piece of work, gives its progress callback.
 
     Raises:
-        CheckpointError: a rerank was asked of a dual encoder.
+        CheckpointError: a rerank was asked of a model without an ITM head.
         DatasetError: no image can be read, or the index holds other images as well.
         DeviceMemoryError: a batch does not fit into the GPU's memory.
         ModelMismatchError: the index was made by another model.

@@ -44,7 +44,7 @@ class Judgement:
 class JudgementReport:
     """Agreement with people; `tau` is {"itc": {"tau_b": ..., "tau_c": ...}, "itm": ..., "itc+itm": ...}.
 
-    A dual encoder has "itc" alone. Tau is in [-1, 1]; the literature prints it times 100.
+    A model without an ITM head has "itc" alone. Tau is in [-1, 1]; the literature prints it times 100.
     """
 
     model: str

@@ -26,7 +26,7 @@ from .embedder import (
     MatchesPairs,
 )
 from .encoders import build_encoder
-from .errors import DeviceMemoryError
+from .errors import CheckpointError, DeviceMemoryError
 from .fingerprint import fingerprint
 from .masks import bi_directional_mask, multimodal_causal_mask, uni_modal_mask
 from .preprocess import ImageLike, ImageTransform, TextTransform, TokenisedTexts
@@ -48,7 +48,6 @@ class QueryPass(NamedTuple):
 class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
     """BLIP-2 stage 1 (arXiv 2301.12597, section 3.1)."""
 
-    reranks = True
     fingerprint: str  # set by `refresh_fingerprint`
     origin = ""  # where it was loaded from, set by `loading.py`
 
@@ -66,7 +65,7 @@ class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
         self.qformer = QFormer(qformer)
         self.vision_proj = nn.Linear(qformer.hidden_size, config.embedding_size)
         self.text_proj = nn.Linear(qformer.hidden_size, config.embedding_size)
-        self.itm_head = nn.Linear(qformer.hidden_size, 2)
+        self.itm_head = nn.Linear(qformer.hidden_size, 2) if config.itm_head else None
         self.lm_head = LanguageModelHead(qformer) if config.lm_head else None
         self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
         self.text_transform = text_transform
@@ -84,6 +83,11 @@ class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
     def name(self) -> str:
         """What to load again, such as "mini" or a folder."""
         return self.origin or self.config.name
+
+    @property
+    def reranks(self) -> bool:
+        """Whether there is an ITM head: `match` needs it."""
+        return self.itm_head is not None
 
     @property
     def encoder_fingerprint(self) -> str:
@@ -243,7 +247,12 @@ class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
         With `image_of` (B,), int64, the tokens are those of N images, (N, P, D), and it names each
         pair's; with `text_of` (B,), int64, the same of the texts. What is an image's or a text's
         alone is then computed once.
+
+        Raises:
+            CheckpointError: the model was trained by ITC alone, and has no ITM head.
         """
+        if self.itm_head is None:
+            raise CheckpointError(f"{self.name} is a model without an ITM head: rerank 0")
         mask = bi_directional_mask(self.config.qformer.num_queries, text.mask)
         out = self.qformer(
             image_tokens=image_tokens, token_ids=text.token_ids, mask=mask,

@@ -172,7 +172,7 @@ def _signatures(model: RetrievalModel) -> dict[str, tuple[Any, ...]]:
     with torch.inference_mode():
         image_tokens = model.encode_pixels(pixels).clone()
     pairs = {"image_of": torch.tensor([0, 1, 2, 2, 1]), "text_of": torch.tensor([0, 1, 1, 1, 0])}
-    return {
+    signatures: dict[str, tuple[Any, ...]] = {
         "encoder": (_encoder, {"pixels": pixels}, {"pixels": {0: n}}, ["tokens"]),
         "queries": (
             _queries,
@@ -181,13 +181,15 @@ def _signatures(model: RetrievalModel) -> dict[str, tuple[Any, ...]]:
             ["features"],
         ),
         "texts": (_texts, text, text_sizes, ["features"]),
-        "match": (
+    }
+    if model.reranks:
+        signatures["match"] = (
             _match,
             {"image_tokens": image_tokens, **text, **pairs},
             {"image_tokens": {0: n}, **text_sizes, "image_of": {0: b}, "text_of": {0: b}},
             ["itm_logits"],
-        ),
-    }
+        )
+    return signatures
 
 
 def onnx_graph(

@@ -13,11 +13,11 @@ from pathlib import Path
 from .cache import cache_folder
 from .errors import CheckpointError
 from .names import DEFAULT_MODEL, NAMES, SHORT_NAMES, canonical
-from .own_format import EMBEDDED, FILES, read_json
+from .own_format import EMBEDDED, FILES, read_config, read_json
 
 DESCRIPTION = "onnx.json"
 FORMAT = 2  # of the description and the graphs' inputs and outputs
-GRAPHS = ("encoder", "queries", "texts", "match")
+GRAPHS = ("encoder", "queries", "texts")  # and "match", where there is an ITM head
 _READ = (".json", ".safetensors", ".bin", ".pth", ".txt")  # what of a checkpoint's folder is read
 
 
@@ -25,10 +25,11 @@ def find_export(name: str) -> Path | None:
     """Return the folder of an exported model; None where there is none, or its model has changed."""
     folder = export_folder(name)
     try:
-        description = read_json(folder / DESCRIPTION)
+        description, config = read_json(folder / DESCRIPTION), read_config(folder)
     except CheckpointError:
         return None
-    files = (*FILES, *(f"{graph}.onnx" for graph in GRAPHS))
+    graphs = (*GRAPHS, "match") if config.itm_head else GRAPHS
+    files = (*FILES, *(f"{graph}.onnx" for graph in graphs))
     wanted = {"format": FORMAT, "name": canonical(name), "sources": sources(name)}
     whole = all((folder / file).exists() for file in files) and "fingerprint" in description
     return folder if whole and wanted.items() <= description.items() else None

@@ -1,13 +1,13 @@
 """A model on ONNX Runtime: what searching and indexing need of it, without PyTorch.
 
-An exported model is a folder in our own checkpoint format with four graphs, which `onnx_export.py`
+An exported model is a folder in our own checkpoint format with its graphs, which `onnx_export.py`
 makes. They hold no weights, but point into `model.safetensors`:
 
     encoder.onnx  pixels (N, 3, S, S)                            -> tokens (N, P, D)
     queries.onnx  image_tokens (N, P, D)                         -> features (N, Q, E)
     texts.onnx    token_ids (M, T), mask (M, T)                  -> features (M, E)
     match.onnx    image_tokens (N, P, D), token_ids (M, T),      -> ITM logits (B,)
-                  mask (M, T), image_of (B,), text_of (B,)
+                  mask (M, T), image_of (B,), text_of (B,)      (where there is an ITM head)
     onnx.json     which model it is, and of which files it was made
 
 All numbers are float32, or int64 and bool for the text.
@@ -40,9 +40,8 @@ _MAPPED = ("texts", "match")
 
 
 class OnnxModel(EncodesImages, MatchesPairs):
-    """An exported BLIP-2 retrieval model: a `Reranker` on the CPU."""
+    """An exported BLIP-2 retrieval model on the CPU: a `Reranker`, if it has an ITM head."""
 
-    reranks = True
     pairs_at_once = 64
 
     def __init__(self, folder: Path) -> None:
@@ -58,6 +57,11 @@ class OnnxModel(EncodesImages, MatchesPairs):
         self.fingerprint = str(description["fingerprint"])
         self.image_transform = ImageTransform(self._config.preprocess)
         self._session = cache(self._load)  # a graph's
+
+    @property
+    def reranks(self) -> bool:
+        """Whether there is an ITM head: `match` needs it."""
+        return self._config.itm_head
 
     @property
     def num_vectors(self) -> int:

@@ -63,11 +63,11 @@ def freeze_unused(model: RetrievalModel, config: TrainConfig) -> None:
     if config.freeze_text:
         for name, parameter in model.qformer.named_parameters():
             parameter.requires_grad_(not any(part in name for part in TEXT_HALF))
-    model.itm_head.requires_grad_(config.itm_weight > 0)
     for itc_only in (model.vision_proj, model.text_proj, model.temperature):
         itc_only.requires_grad_(config.itc_weight > 0)
-    if model.lm_head is not None:
-        model.lm_head.requires_grad_(config.itg_weight > 0)
+    for head, weight in ((model.itm_head, config.itm_weight), (model.lm_head, config.itg_weight)):
+        if head is not None:
+            head.requires_grad_(weight > 0)
 
 
 def parameter_groups(model: RetrievalModel, config: TrainConfig) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, RecipeError
 from .loading import load_model
 from .model import RetrievalModel
 from .optimizer import NEW
@@ -28,6 +28,7 @@ def starting_model(recipe: Recipe) -> RetrievalModel:
 
     Raises:
         CheckpointError: a part cannot be loaded, or does not fit.
+        RecipeError: an ITM head is to be scaled, and there will be none.
     """
     start = recipe.start
     if start.checkpoint:
@@ -39,6 +40,7 @@ def starting_model(recipe: Recipe) -> RetrievalModel:
         model = new_model(recipe.model, start.bert)
         if start.encoder:
             _fill_encoder(model, start.encoder)
+    _fit_itm_head(model, recipe)
     if start.query_words:
         _start_queries(model, start.query_words)
     if recipe.data.image_size is not None:
@@ -181,10 +183,27 @@ def _renew_queries(model: RetrievalModel) -> None:
     for layer in qformer.layers:
         assert isinstance(layer, QFormerLayer)
         layer.query_ffn.load_state_dict(layer.text_ffn.state_dict())
-    for layer in (model.ln_vision, model.vision_proj, model.itm_head):
+    for layer in (model.ln_vision, model.vision_proj):
         layer.reset_parameters()
+    if model.itm_head is not None:
+        model.itm_head.reset_parameters()
     if model.image_positions is not None:
         nn.init.normal_(model.image_positions, std=0.02)
+
+
+def _fit_itm_head(model: RetrievalModel, recipe: Recipe) -> None:
+    """Add an ITM head if it is to be trained; take a new one away that is not."""
+    new = recipe.start.renew_queries or not recipe.start.checkpoint
+    if recipe.train.itm_weight == 0 and new:
+        model.itm_head = None
+    elif recipe.train.itm_weight > 0 and model.itm_head is None:
+        model.itm_head = nn.Linear(model.config.qformer.hidden_size, 2)
+    if recipe.train.calibration_images and model.itm_head is None:
+        raise RecipeError(
+            "train.calibration_images scales the ITM head, and there is none: "
+            "--set train.calibration_images=0"
+        )
+    model.reconfigure(replace(model.config, itm_head=model.reranks))
 
 
 @torch.no_grad()

@@ -144,6 +144,8 @@ class Trainer:
             raise RecipeError(
                 "this model was published without a language-model head: --set train.itg_weight=0"
             )
+        if config.itm_weight and not model.reranks:
+            raise RecipeError("this model has no ITM head to train: --set train.itm_weight=0")
         self.model, self.config, self.source = model, config, source
         self.world = world or World()
         for name in ("batch_size", "itm_anchors"):

@@ -74,7 +74,7 @@ PAPER = {  # (lr, min_lr, batch, steps or epochs, weight decay), of the paper's 
 
 
 def test_every_recipe_is_read_and_the_published_ones_say_what_was_published():
-    assert set(PAPER) | {"mini", "mini-finetune"} == set(recipe_names())
+    assert set(PAPER) | {"mini", "mini-finetune", "mini-queries"} == set(recipe_names())
     for name in recipe_names():
         recipe = read_recipe(name)
         again = Recipe.from_dict(name, recipe.to_dict())
