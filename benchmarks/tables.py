@@ -126,6 +126,19 @@ def indexing_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def int8_table(result: dict[str, Any]) -> str:
+    """Return images a second and recall of the encoder in fp32 and in int8, in Markdown."""
+    columns = ["encoder", "images a second", "times as fast", *(name.upper() for name in RECALLS)]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    first = result["precisions"]["fp32"]["seconds"]
+    for name, found in result["precisions"].items():
+        rate = result["batch"] / statistics.median(found["seconds"])
+        values = [f"{rate:.1f}", f"{times_as_fast(first, found['seconds']):.2f}"]
+        values += [f"{found[recall]:.1f}" for recall in RECALLS]
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def queries_table(result: dict[str, Any]) -> str:
     """Return the times of commands, and of queries in a program that stays, in Markdown."""
     lines = [f"| {result['images']:,} images, a process a command | s, median | least |"]
@@ -150,7 +163,12 @@ def times_as_fast(theirs: list[float], ours: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
-_SPEED = {"vision_layers": inference_table, "busy": indexing_table, "cold_s": queries_table}
+_SPEED = {
+    "vision_layers": inference_table,
+    "busy": indexing_table,
+    "cold_s": queries_table,
+    "precisions": int8_table,
+}
 
 
 def with_tables(page: str, results: Path = RESULTS) -> str:

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from blip2_search.benchmarks import crops, indexing, queries, tables
+from blip2_search.benchmarks import crops, indexing, int8, queries, tables
 from blip2_search.retrieval.engine import SearchEngine
 
 
@@ -40,6 +40,28 @@ def test_indexing(photos, tmp_path, monkeypatch):
     ]
     assert all(0 < share <= 1 for (share,) in found["busy"].values())
     assert tables.indexing_table(found).count("\n") == 4
+
+
+def test_int8(photos, tmp_path, monkeypatch):
+    entries = [
+        {
+            "filename": path.name,
+            "split": "val" if row % 2 else "train",
+            "sentences": [{"raw": f"a {path.stem}"}],
+        }
+        for row, path in enumerate(sorted(photos.iterdir()))
+    ]
+    data, out = tmp_path / "captions.json", tmp_path / "out.json"
+    data.write_text(json.dumps({"images": entries}))
+    run(
+        int8.main, monkeypatch, "--data", data, "--images", photos, "--calibrate", 4,
+        "--out", out,
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    assert found["images"] == 9
+    assert {len(one["seconds"]) for one in found["precisions"].values()} == {1}
+    assert found["precisions"]["fp32"] != found["precisions"]["int8"]
+    assert tables.int8_table(found).count("\n") == 3
 
 
 def test_crops_are_the_same_each_time(photos, tmp_path, monkeypatch):
