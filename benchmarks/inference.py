@@ -5,7 +5,8 @@
 At the published size (BERT-base, ViT-g, 257 image tokens of 1,408 numbers) on this machine's processor:
 
 - a text against candidates: transformers as its documentation uses it, which encodes the image of every
-  pair; the same with the vision model's output kept by hand; ours, in PyTorch and in ONNX Runtime;
+  pair; the same with the vision model's output kept by hand; ours, in PyTorch, also with the keys and
+  values of candidates of an earlier query kept (`SearchEngine(keys_values_memory=...)`), and in ONNX Runtime;
 - an image against texts: the same;
 - images to ITC features.
 
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from ..retrieval.checkpoints import save_model
 from ..retrieval.hub import load_hub
+from ..retrieval.keys_values import KeptKeysValues
 from ..retrieval.model import RetrievalModel
 from ..retrieval.names import DEFAULT_MODEL
 from ..retrieval.onnx_export import write_graphs
@@ -155,9 +157,18 @@ def _measure(
     def ask_texts() -> Any:
         return theirs(pixel_values=blank, use_image_text_matching_head=True, **everything)
 
+    def tokens_of(rows: list[int]) -> dict[int, Any]:
+        return {row: array[row] for row in rows}
+
+    names = [f"image {row}" for row in range(candidates)]
+    kept = KeptKeysValues(ours, memory=10**11)
+    kept.match("another text", names, tokens_of)  # the candidates of an earlier query
     to_images = naive | alternate({
         KEPT: (lambda: ask(blank, itm=True), candidates),
         "ours, PyTorch": (lambda: ours.match(array, [TEXT] * candidates), candidates),
+        "ours, PyTorch, keys and values kept": (
+            lambda: kept.match(TEXT, names, tokens_of), candidates,
+        ),
         "ours, ONNX Runtime": (lambda: compiled.match(array, [TEXT] * candidates), candidates),
     })  # fmt: skip
     to_texts = naive | alternate({

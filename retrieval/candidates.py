@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from ..indexes.segments import ImageRecord
 from ..indexes.token_files import TokenFiles
 from .embedder import Embedder, Reranker, as_reranker
 from .errors import ImageReadError
+
+if TYPE_CHECKING:
+    from .keys_values import KeptKeysValues
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ def reranked(
     text: str,
     images: Sequence[ImageRecord],
     itc: Float32,
+    keys_values: KeptKeysValues | None = None,
 ) -> list[Hit]:
     """Return images in the order of ITM + ITC, of equals the one that ITC had first.
 
@@ -76,13 +80,21 @@ def reranked(
         images: n candidates; one whose tokens are not kept and whose file cannot be read is left
             out, with a warning in the log.
         itc: (n,), their similarities.
+        keys_values: what the model keeps of earlier candidates, if it does.
     """
-    tokens = _encoder_tokens(model, kept, images)
-    rows = sorted(tokens)
+
+    def tokens_of(rows: Sequence[int]) -> dict[int, npt.NDArray[Any]]:
+        return _encoder_tokens(model, kept, images, rows)
+
+    if keys_values is None:
+        itm = _match_tokens(model, text, tokens_of(range(len(images))))
+    else:
+        itm = keys_values.match(text, [image.content_hash for image in images], tokens_of)
+    rows = sorted(itm)
     if not rows:
         return []
-    itm = model.match(np.stack([tokens[row] for row in rows]), [text] * len(rows))
-    scores = itm + itc[rows]
+    logits = np.array([itm[row] for row in rows], np.float32)
+    scores = logits + itc[rows]
     order = np.argsort(-scores, kind="stable")
     return [
         Hit(
@@ -90,10 +102,21 @@ def reranked(
             path=images[rows[i]].path,
             score=float(scores[i]),
             itc=float(itc[rows[i]]),
-            itm=float(itm[i]),
+            itm=float(logits[i]),
         )
         for rank, i in enumerate(order, start=1)
     ]
+
+
+def _match_tokens(
+    model: Reranker, text: str, tokens: Mapping[int, npt.NDArray[Any]]
+) -> dict[int, float]:
+    """Return the ITM logits of a text and images, of tokens (P, D) by the images' places."""
+    rows = sorted(tokens)
+    if not rows:
+        return {}
+    itm = model.match(np.stack([tokens[row] for row in rows]), [text] * len(rows))
+    return dict(zip(rows, itm.tolist(), strict=True))
 
 
 def rank_texts(
@@ -138,9 +161,12 @@ def decoding_threads() -> int:
 
 
 def _encoder_tokens(
-    model: Reranker, kept: TokenFiles, images: Sequence[ImageRecord]
+    model: Reranker,
+    kept: TokenFiles,
+    images: Sequence[ImageRecord],
+    places: Sequence[int],
 ) -> dict[int, npt.NDArray[Any]]:
-    """Return the encoder's tokens (P, D), by the images' places, of those that have any."""
+    """Return the encoder's tokens (P, D) of the images at some places, of those that have any."""
 
     def look_at(image: ImageRecord) -> tuple[Float32 | None, Float32 | None]:
         """Return its tokens where they are kept, else its pixels."""
@@ -154,10 +180,11 @@ def _encoder_tokens(
             return None, None
 
     with ThreadPoolExecutor(decoding_threads()) as pool:  # Pillow lets go of the interpreter's lock
-        seen = list(pool.map(look_at, images))
+        seen = list(pool.map(look_at, [images[row] for row in places]))
     tokens: dict[int, npt.NDArray[Any]]
-    tokens = {row: found for row, (found, _) in enumerate(seen) if found is not None}
-    rest = [(row, found) for row, (_, found) in enumerate(seen) if found is not None]
+    looked = list(zip(places, seen, strict=True))
+    tokens = {row: found for row, (found, _) in looked if found is not None}
+    rest = [(row, found) for row, (_, found) in looked if found is not None]
     for start in range(0, len(rest), _BATCH):
         rows, pixels = zip(*rest[start : start + _BATCH], strict=True)
         tokens |= zip(rows, model.encode(np.stack(pixels)).tokens, strict=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,16 @@ from ..indexes.stored import StoredIndex, check_memory
 from ..indexes.token_files import TokenFiles
 from .backends import Backend, open_embedder
 from .candidates import Hit, TextHit, decoding_threads, hits_by_itc, rank_texts, reranked
-from .embedder import Embedder, as_reranker
-from .errors import CheckpointError
+from .embedder import Embedder, Reranker, as_reranker
+from .errors import BackendError, CheckpointError
 from .indexer import Indexer, IndexReport, Plan, SkippedFile, check_roots, make_plan
 from .names import DEFAULT_MODEL
+from .onnx_model import OnnxModel
 from .progress import OnProgress
 from .prompts import PROMPTS
+
+if TYPE_CHECKING:
+    from .keys_values import KeptKeysValues
 
 __all__ = ["Hit", "IndexInfo", "IndexReport", "SearchEngine", "SkippedFile", "TextHit"]
 
@@ -48,6 +52,7 @@ log = logging.getLogger(__name__)
 # and each costs a query on two processor cores 9 ms, and 30 more where the index keeps no image tokens.
 # Published models gain from more: ask for them.
 DEFAULT_RERANK = 10
+_GPU_KEYS_VALUES = 2_000_000_000  # bytes, of candidates: 420 images of the published size in fp16
 _TOLERATED = 0.2  # share of removed rows that a segment may drag along before it is rewritten
 
 
@@ -103,6 +108,7 @@ class SearchEngine:
         device: str = "auto",
         backend: Backend = "auto",
         search_device: str | None = None,
+        keys_values_memory: int | None = None,
     ) -> None:
         """Name an index; nothing is read or loaded before it is needed.
 
@@ -115,15 +121,20 @@ class SearchEngine:
             search_device: a GPU, such as "cuda", in whose memory all vectors are held for searching
                 (16 KB an image with 32 vectors of 256 numbers): exact, and quick for a program that
                 stays. None searches on the processor, in the files.
+            keys_values_memory: bytes of the model's device in which the keys and values of candidates
+                are kept, for those that come again; in PyTorch only. None is 2 GB of a GPU, and
+                nothing of a processor's memory.
         """
         self.path = Path(index_path)
         self.device = device
         self.backend = backend
         self.search_device = search_device
+        self.keys_values_memory = keys_values_memory
         self._given = model is not None
         self._asked = model if isinstance(model, str) else None
         self._model = None if isinstance(model, str) else model
         self._opened: _Opened | None = None
+        self._keys_values: KeptKeysValues | None = None
 
     # ---- indexing ------------------------------------------------------------------------------
 
@@ -318,6 +329,7 @@ class SearchEngine:
             ModelMismatchError: the index was made by another model.
             ImageReadError: the image query cannot be read.
             CheckpointError: a rerank was asked of a model without an ITM head.
+            BackendError: keys and values were to be kept by another model than one in PyTorch.
         """
         if k < 1 or (rerank or 0) < 0:
             raise VectorIndexError("k must be at least 1 and rerank at least 0")
@@ -331,7 +343,25 @@ class SearchEngine:
         if not depth:
             return hits_by_itc(images, itc)
         kept = TokenFiles(self.path, model.fingerprint)
-        return reranked(as_reranker(model), kept, str(query), images, itc)[:k]
+        keys_values = self._kept_keys_values(as_reranker(model))
+        return reranked(as_reranker(model), kept, str(query), images, itc, keys_values)[:k]
+
+    def _kept_keys_values(self, model: Reranker) -> KeptKeysValues | None:
+        memory = self.keys_values_memory
+        if memory is None and isinstance(model, OnnxModel):  # known without loading PyTorch
+            return None
+        from .keys_values import KeptKeysValues
+        from .model import RetrievalModel
+
+        if not isinstance(model, RetrievalModel):
+            if memory:
+                raise BackendError("keys and values are kept in PyTorch only: backend='torch'")
+            return None
+        if memory is None:
+            memory = _GPU_KEYS_VALUES if model.device.type == "cuda" else 0
+        if memory and self._keys_values is None:
+            self._keys_values = KeptKeysValues(model, memory)
+        return self._keys_values
 
     def _nearest(
         self, opened: _Opened, vectors: Float32, count: int

@@ -235,18 +235,26 @@ class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
         """Return ITC text features (B, E) of what `text_states` gives."""
         return _normalise(self.text_proj(states))
 
+    def image_keys_values(self, encoder_tokens: Tensor) -> tuple[KeyValue | None, ...]:
+        """Return what ITM makes of an image alone: of (N, P, D), keys and values of each layer.
+
+        Each is (N, heads, P, H / heads); None for a layer that does not look at the image.
+        """
+        tokens = self.normalise_tokens(encoder_tokens.to(self.device, self.dtype))
+        return tuple(self.qformer.image_keys_values(tokens))
+
     def match_logits(
         self,
-        image_tokens: Tensor,
+        image: Tensor | Sequence[KeyValue | None],
         text: TextBatch,
         image_of: Tensor | None = None,
         text_of: Tensor | None = None,
     ) -> Tensor:
-        """Return ITM logits (B, 2), averaged over the queries, of pairs (B, P, D) and text.
+        """Return ITM logits (B, 2), averaged over the queries, of pairs of images and text.
 
-        With `image_of` (B,), int64, the tokens are those of N images, (N, P, D), and it names each
-        pair's; with `text_of` (B,), int64, the same of the texts. What is an image's or a text's
-        alone is then computed once.
+        An image is its tokens (B, P, D), behind `ln_vision`, or the `image_keys_values` of them. With
+        `image_of` (B,), int64, they are those of N images, and it names each pair's; with `text_of`
+        (B,), int64, the same of the texts. What is an image's or a text's alone is computed once.
 
         Raises:
             CheckpointError: the model was trained by ITC alone, and has no ITM head.
@@ -254,8 +262,10 @@ class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
         if self.itm_head is None:
             raise CheckpointError(f"{self.name} is a model without an ITM head: rerank 0")
         mask = bi_directional_mask(self.config.qformer.num_queries, text.mask)
+        tokens = isinstance(image, Tensor)
         out = self.qformer(
-            image_tokens=image_tokens, token_ids=text.token_ids, mask=mask,
+            image_tokens=image if tokens else None, image_keys_values=() if tokens else image,
+            token_ids=text.token_ids, mask=mask,
             image_of=image_of, text_of=text_of, queries_only=True,
         )  # fmt: skip
         head = self.itm_head

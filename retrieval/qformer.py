@@ -7,7 +7,8 @@ mask from `masks.py`, so that the same weights serve ITC, ITM and ITG.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -98,7 +99,7 @@ class QFormerLayer(nn.Module):
         self,
         queries: Tensor | None,
         text: Tensor | None,
-        image_tokens: Tensor | None,
+        image: KeyValue | None,
         mask: Tensor | None,
         past: KeyValue | None,
         image_of: Tensor | None,
@@ -108,6 +109,7 @@ class QFormerLayer(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None, KeyValue]:
         """Return the two halves, (B, Q, H) and (B, T, H), and the keys and values of this layer.
 
+        `image` are what `cross_attention.keys_values` makes of the image tokens.
         `past` are the keys and values of a query half that was computed before; the text then
         attends to them as if the queries stood in front of it. With `queries_only` the queries
         attend to the text, and nothing else is computed of it: None. Until the queries look at the
@@ -132,11 +134,10 @@ class QFormerLayer(nn.Module):
         if queries is not None:
             queries = hidden[:, :num_queries]
             queries = queries if text_of is None else queries[text_of]
-            if self.cross_attention is not None and image_tokens is not None:
-                keys, values = self.cross_attention.keys_values(image_tokens)
+            if self.cross_attention is not None and image is not None:
                 if image_of is not None:
-                    keys, values = keys[image_of], values[image_of]
-                queries = self.cross_attention(queries, (keys, values), None)
+                    image = image[0][image_of], image[1][image_of]
+                queries = self.cross_attention(queries, image, None)
             queries = self.query_ffn(queries)
         return queries, text, keys_values
 
@@ -182,10 +183,18 @@ class QFormer(nn.Module):
             if isinstance(module, Attention):
                 module.attention_dropout = probability
 
+    def image_keys_values(self, image_tokens: Tensor) -> Iterator[KeyValue | None]:
+        """Give what each layer's cross-attention makes of (B, P, D), None where it has none."""
+        for layer in self.layers:
+            assert isinstance(layer, QFormerLayer)
+            attention = layer.cross_attention
+            yield None if attention is None else attention.keys_values(image_tokens)
+
     def forward(
         self,
         *,
         image_tokens: Tensor | None = None,
+        image_keys_values: Sequence[KeyValue | None] = (),
         token_ids: Tensor | None = None,
         mask: Tensor | None = None,
         past: Sequence[KeyValue] = (),
@@ -197,6 +206,7 @@ class QFormer(nn.Module):
 
         Args:
             image_tokens: (B, P, D), float; given, the query tokens take part.
+            image_keys_values: of `image_keys_values`, in place of `image_tokens`.
             token_ids: (B, T), int64; given, the text takes part.
             mask: from `masks.py`, (B, 1, L, S) with L the length of what takes part and S that of
                 what it attends to; None lets everything see everything.
@@ -212,8 +222,10 @@ class QFormer(nn.Module):
             ValueError: neither half was given.
         """
         queries = text = None
-        if image_tokens is not None:
-            like = image_tokens if image_of is None else image_of
+        first = image_keys_values[0] if image_keys_values else None
+        looked_at = image_tokens if first is None else first[0]
+        if looked_at is not None:
+            like = looked_at if image_of is None else image_of
             if text_of is not None and token_ids is not None:
                 like = token_ids
             # Not len(): an export would take the size of its example for a constant.
@@ -224,10 +236,13 @@ class QFormer(nn.Module):
             text = self.dropout(self.embedding_norm(self.word_embeddings(token_ids) + positions))
         if queries is None and text is None:
             raise ValueError("the Q-Former needs image tokens, text tokens, or both")
+        images: Iterable[KeyValue | None] = image_keys_values or repeat(None)
+        if image_tokens is not None:
+            images = self.image_keys_values(image_tokens)
         keys_values = []
-        for i, layer in enumerate(self.layers):
+        for i, (layer, image) in enumerate(zip(self.layers, images, strict=False)):
             queries, text, layer_kv = layer(
-                queries, text, image_tokens, mask, past[i] if past else None, image_of, text_of,
+                queries, text, image, mask, past[i] if past else None, image_of, text_of,
                 queries_only=queries_only and i == len(self.layers) - 1,
             )  # fmt: skip
             if text_of is not None:  # from here on each of the batch has its own
