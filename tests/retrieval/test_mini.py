@@ -17,7 +17,7 @@ def test_it_is_at_most_80_mb_and_has_a_card():
 
 def test_it_sees_what_is_drawn():
     model = load_model("mini", device="cpu")
-    red, blue = draw("red", "square", 260), draw("blue", "square", 260)
+    red, blue = draw("red", "square", 340), draw("blue", "square", 340)
     features = model.encode_images([red, blue])
     texts = model.encode_texts(["a red square", "a blue square"])
     assert features.shape == (2, 32, 256)
