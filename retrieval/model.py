@@ -24,9 +24,10 @@ from .embedder import (
     EncodedImages,
     EncodesImages,
     MatchesPairs,
+    as_reranker,
 )
 from .encoders import build_encoder
-from .errors import CheckpointError, DeviceMemoryError
+from .errors import DeviceMemoryError
 from .fingerprint import fingerprint
 from .masks import bi_directional_mask, multimodal_causal_mask, uni_modal_mask
 from .preprocess import ImageLike, ImageTransform, TextTransform, TokenisedTexts
@@ -259,8 +260,7 @@ class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
         Raises:
             CheckpointError: the model was trained by ITC alone, and has no ITM head.
         """
-        if self.itm_head is None:
-            raise CheckpointError(f"{self.name} is a model without an ITM head: rerank 0")
+        as_reranker(self)
         mask = bi_directional_mask(self.config.qformer.num_queries, text.mask)
         tokens = isinstance(image, Tensor)
         out = self.qformer(
@@ -269,6 +269,7 @@ class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
             image_of=image_of, text_of=text_of, queries_only=True,
         )  # fmt: skip
         head = self.itm_head
+        assert head is not None
         with torch.autocast(self.device.type, enabled=False):  # rankings hang on small differences
             logits = F.linear(out.queries.float(), head.weight.float(), head.bias.float())
             return logits.mean(dim=1)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from ..indexes.base import Float32, Int64
 from .cache import cache_folder
-from .embedder import NO_TOKENS, EncodedImages, EncodesImages, MatchesPairs
+from .embedder import NO_TOKENS, EncodedImages, EncodesImages, MatchesPairs, as_reranker
 from .onnx_exports import DESCRIPTION
 from .onnx_sessions import open_session
 from .own_format import load_tokenizer, read_config, read_json
@@ -100,6 +100,7 @@ class OnnxModel(EncodesImages, MatchesPairs):
         text_of: Int64 | None = None,
     ) -> Float32:
         """Return the ITM logit "these match" of pairs: (B,), float32; see `Reranker.match_pass`."""
+        as_reranker(self)
         each = np.arange(len(image_tokens if image_of is None else image_of), dtype=np.int64)
         inputs = {
             "image_tokens": np.asarray(image_tokens, np.float32),

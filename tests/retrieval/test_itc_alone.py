@@ -1,5 +1,6 @@
 """A model that was trained by ITC alone has no ITM head: it searches without rerank, and may get one."""
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 
@@ -86,6 +87,8 @@ def test_it_searches_without_rerank(started, photos, tmp_path, backend, monkeypa
         exported = export(str(started))
         assert find_export(str(started)) == exported
         assert not (exported / "match.onnx").exists()
+        with pytest.raises(CheckpointError, match="without an ITM head"):
+            onnx_model.OnnxModel(exported).match(np.zeros((1, 4, 256), np.float32), ["a"])
     engine = SearchEngine(tmp_path / "index", model=str(started), backend=backend)
     added = engine.add([photos])
     hits = engine.search("a red circle", k=3)
