@@ -72,10 +72,10 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=96, help="training photographs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model = OnnxModel(EMBEDDED / DEFAULT_MODEL)
+    folder_of_model = EMBEDDED / DEFAULT_MODEL
+    model, graph = OnnxModel(folder_of_model), folder_of_model / "encoder.onnx"
     training = read_split(args.data, args.images, "train")[: args.calibrate]
     dataset = read_split(args.data, args.images, "val")
-    graph = EMBEDDED / DEFAULT_MODEL / "encoder.onnx"
     seconds: dict[str, list[float]] = {"fp32": [], "int8": []}
     tokens: dict[str, list[Float32]] = {"fp32": [], "int8": []}
     with tempfile.TemporaryDirectory() as folder:

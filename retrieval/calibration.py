@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from .data import CaptionedImage, captions_and_owners
+from .embedder import as_reranker
 from .feature_cache import cached_features, plain_tokens
 from .metrics import recall
 from .model import Precision, RetrievalModel, autocast, itc_similarities
@@ -46,6 +47,7 @@ def calibrate_itm(
     Raises:
         CheckpointError: the model has no ITM head.
     """
+    as_reranker(model)  # before anything is encoded
     with plain_tokens(model, [image.path for image in images], None) as cache:
         captions, owner = captions_and_owners([images[row] for row in cache.rows])
         features = torch.from_numpy(cached_features(model, cache.images)).to(model.device)
@@ -62,7 +64,7 @@ def calibrate_itm(
 
     gains = {scale: min(gain(direction, scale) for direction in DIRECTIONS) for scale in scales}
     best = max(gains, key=gains.__getitem__)
-    assert model.itm_head is not None  # it has matched
+    assert model.itm_head is not None
     model.itm_head.weight.mul_(best)
     model.itm_head.bias.mul_(best)
     model.refresh_fingerprint()

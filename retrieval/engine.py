@@ -49,7 +49,7 @@ __all__ = ["Hit", "IndexInfo", "IndexReport", "SearchEngine", "SkippedFile", "Te
 log = logging.getLogger(__name__)
 
 # With `mini` R@1 has reached its height at 8 candidates (the sweep in README.md, docs/rerank-sweep.png),
-# and each costs a query on two processor cores 9 ms, and 30 more where the index keeps no image tokens.
+# and each costs a query on two processor cores 9 ms, and 43 more where the index keeps no image tokens.
 # Published models gain from more: ask for them.
 DEFAULT_RERANK = 10
 _GPU_KEYS_VALUES = 2_000_000_000  # bytes, of candidates: 420 images of the published size in fp16
@@ -343,8 +343,9 @@ class SearchEngine:
         if not depth:
             return hits_by_itc(images, itc)
         kept = TokenFiles(self.path, model.fingerprint)
-        keys_values = self._kept_keys_values(as_reranker(model))
-        return reranked(as_reranker(model), kept, str(query), images, itc, keys_values)[:k]
+        reranker = as_reranker(model)
+        keys_values = self._kept_keys_values(reranker)
+        return reranked(reranker, kept, str(query), images, itc, keys_values)[:k]
 
     def _kept_keys_values(self, model: Reranker) -> KeptKeysValues | None:
         memory = self.keys_values_memory

@@ -203,7 +203,8 @@ def _fit_itm_head(model: RetrievalModel, recipe: Recipe) -> None:
             "train.calibration_images scales the ITM head, and there is none: "
             "--set train.calibration_images=0"
         )
-    model.reconfigure(replace(model.config, itm_head=model.reranks))
+    if model.config.itm_head != model.reranks:
+        model.reconfigure(replace(model.config, itm_head=model.reranks))
 
 
 @torch.no_grad()
