@@ -126,6 +126,25 @@ def indexing_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+PEAK = "one large matrix product"  # what the works of `peak` are held against
+
+
+def peak_table(result: dict[str, Any]) -> str:
+    """Return images and pairs a second, and how near to the peak that is, as a table in Markdown."""
+    lines = ["| | a second | GFLOP each | share of peak |", "|---" * 4 + "|"]
+    for name, work in result["works"].items():
+        rate, share = 1 / statistics.median(work["seconds"]), share_of_peak(result["works"], name)
+        lines.append(f"| {name} | {rate:,.1f} | {work['flops'] / 1e9:,.1f} | {share:.0%} |")
+    return "\n".join(lines)
+
+
+def share_of_peak(works: dict[str, Any], name: str) -> float:
+    """Return FLOP/s of a work by those of the large matrix product, the median of the rounds."""
+    peak, work = works[PEAK], works[name]
+    share: float = times_as_fast(peak["seconds"], work["seconds"]) * work["flops"] / peak["flops"]
+    return share
+
+
 def int8_table(result: dict[str, Any]) -> str:
     """Return images a second and recall of the encoder in fp32 and in int8, in Markdown."""
     columns = ["encoder", "images a second", "times as fast", *(name.upper() for name in RECALLS)]
@@ -168,6 +187,7 @@ _SPEED = {
     "busy": indexing_table,
     "cold_s": queries_table,
     "precisions": int8_table,
+    "works": peak_table,
 }
 
 

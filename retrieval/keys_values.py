@@ -7,7 +7,7 @@ pair's arithmetic, and 2.4 million numbers an image. A candidate that comes agai
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,44 +49,43 @@ class KeptKeysValues:
         tokens = tokens_of([row for row, name in enumerate(names) if name not in self])
         logits: dict[int, float] = {}
         for rows in self._passes(known):
-            logits |= zip(
-                rows, self._match(text, self._again([names[row] for row in rows])), strict=True
-            )
+            layers = self._layers([names[row] for row in rows])
+            logits |= zip(rows, self._match(text, layers, len(rows)), strict=True)
         for rows in self._passes(sorted(tokens)):
-            new = self._project(np.stack([tokens[row] for row in rows]))
-            for row, one in zip(rows, new, strict=True):
-                self._keep(names[row], one)
-            logits |= zip(rows, self._match(text, new), strict=True)
+            new = np.stack([tokens[row] for row in rows])
+            projected = self._model.image_keys_values(torch.from_numpy(new))
+            logits |= zip(rows, self._match(text, projected, len(rows)), strict=True)
+            for i, row in enumerate(rows):
+                # A copy, as a view would hold its whole batch.
+                one = [torch.stack([kv[0][i], kv[1][i]]) for kv in projected if kv is not None]
+                self._keep(names[row], torch.stack(one))
         return logits
 
     def _passes(self, rows: list[int]) -> Iterator[list[int]]:
         size = self._model.pairs_at_once
         return (rows[start : start + size] for start in range(0, len(rows), size))
 
-    def _again(self, names: list[str]) -> Tensor:
+    def _match(self, text: str, layers: Iterable[KeyValue | None], images: int) -> list[float]:
+        one = torch.zeros(images, dtype=torch.int64, device=self._model.device)
+        logits = self._model.match_logits(layers, self._model.tokenize([text]), text_of=one)
+        found: list[float] = logits[:, MATCH].float().tolist()
+        return found
+
+    def _layers(self, names: list[str]) -> Iterator[KeyValue | None]:
+        """Give kept keys and values by layer, when it is reached: all at once would be a second copy."""
         for name in names:
             self._kept.move_to_end(name)
-        return torch.stack([self._kept[name] for name in names])
-
-    def _project(self, tokens: npt.NDArray[Any]) -> Tensor:
-        """Return keys and values (B, layers, 2, heads, P, H / heads) of tokens (B, P, D)."""
-        layers = self._model.image_keys_values(torch.from_numpy(tokens))
-        return torch.stack([torch.stack(layer, 1) for layer in layers if layer is not None], 1)
+        seen = zip(*(self._kept[name] for name in names), strict=True)
+        for layer in self._model.qformer.layers:
+            if layer.cross_attention is None:
+                yield None
+            else:
+                images = next(seen)
+                yield torch.stack([kv[0] for kv in images]), torch.stack([kv[1] for kv in images])
 
     def _keep(self, name: str, keys_values: Tensor) -> None:
         old = self._kept.pop(name, None)
-        self._kept[name] = keys_values.clone()  # not a view, which would hold its whole batch
+        self._kept[name] = keys_values
         self.nbytes += keys_values.nbytes - (0 if old is None else old.nbytes)
         while self.nbytes > self._memory:
             self.nbytes -= self._kept.popitem(last=False)[1].nbytes
-
-    def _match(self, text: str, keys_values: Tensor) -> list[float]:
-        seen = iter(keys_values.unbind(1))
-        image: list[KeyValue | None] = []
-        for layer in self._model.qformer.layers:
-            keys, values = (None, None) if layer.cross_attention is None else next(seen).unbind(1)
-            image.append(None if keys is None else (keys, values))
-        one = torch.zeros(len(keys_values), dtype=torch.int64, device=keys_values.device)
-        logits = self._model.match_logits(image, self._model.tokenize([text]), text_of=one)
-        found: list[float] = logits[:, MATCH].float().tolist()
-        return found

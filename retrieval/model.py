@@ -6,7 +6,7 @@ half is what the losses use: tensors in, tensors out, with gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -120,7 +120,7 @@ class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
     @property
     def pairs_at_once(self) -> int:
         """Pairs in a pass of the ITM head, where there are many."""
-        return 64 if self.device.type == "cpu" else 512
+        return 32 if self.device.type == "cpu" else 512
 
     @property
     def dtype(self) -> torch.dtype:
@@ -246,7 +246,7 @@ class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
 
     def match_logits(
         self,
-        image: Tensor | Sequence[KeyValue | None],
+        image: Tensor | Iterable[KeyValue | None],
         text: TextBatch,
         image_of: Tensor | None = None,
         text_of: Tensor | None = None,
@@ -264,7 +264,7 @@ class RetrievalModel(nn.Module, EncodesImages, MatchesPairs):
         mask = bi_directional_mask(self.config.qformer.num_queries, text.mask)
         tokens = isinstance(image, Tensor)
         out = self.qformer(
-            image_tokens=image if tokens else None, image_keys_values=() if tokens else image,
+            image_tokens=image if tokens else None, image_keys_values=None if tokens else image,
             token_ids=text.token_ids, mask=mask,
             image_of=image_of, text_of=text_of, queries_only=True,
         )  # fmt: skip

@@ -194,7 +194,7 @@ class QFormer(nn.Module):
         self,
         *,
         image_tokens: Tensor | None = None,
-        image_keys_values: Sequence[KeyValue | None] = (),
+        image_keys_values: Iterable[KeyValue | None] | None = None,
         token_ids: Tensor | None = None,
         mask: Tensor | None = None,
         past: Sequence[KeyValue] = (),
@@ -206,14 +206,15 @@ class QFormer(nn.Module):
 
         Args:
             image_tokens: (B, P, D), float; given, the query tokens take part.
-            image_keys_values: of `image_keys_values`, in place of `image_tokens`.
+            image_keys_values: of `image_keys_values`, in place of `image_tokens`, for a text each; a
+                layer's are taken when it is reached.
             token_ids: (B, T), int64; given, the text takes part.
             mask: from `masks.py`, (B, 1, L, S) with L the length of what takes part and S that of
                 what it attends to; None lets everything see everything.
             past: `query_keys_values` of an earlier pass over the same images, in place of
                 `image_tokens`; the mask's rows are then the text's alone.
             image_of: (B,), int64; `image_tokens` are then (N, P, D), and it tells which of the N
-                each of the batch looks at. Their keys and values are projected once.
+                each text comes with. Their keys and values are projected once.
             text_of: (B,), int64; `token_ids` (M, T) and the mask are then those of M texts, and it
                 tells which of the M each of the batch takes. What no image touches is computed once.
             queries_only: leave out the text's part of the last layer, which no query sees.
@@ -222,21 +223,17 @@ class QFormer(nn.Module):
             ValueError: neither half was given.
         """
         queries = text = None
-        first = image_keys_values[0] if image_keys_values else None
-        looked_at = image_tokens if first is None else first[0]
-        if looked_at is not None:
-            like = looked_at if image_of is None else image_of
-            if text_of is not None and token_ids is not None:
-                like = token_ids
+        like = image_tokens if token_ids is None else token_ids
+        if like is None:
+            raise ValueError("the Q-Former needs image tokens, text tokens, or both")
+        if image_tokens is not None or image_keys_values is not None:
             # Not len(): an export would take the size of its example for a constant.
             queries = self.query_tokens.expand(like.shape[0], -1, -1)
             queries = self.dropout(self.embedding_norm(queries))
         if token_ids is not None:
             positions = self.position_embeddings.weight[: token_ids.shape[1]]
             text = self.dropout(self.embedding_norm(self.word_embeddings(token_ids) + positions))
-        if queries is None and text is None:
-            raise ValueError("the Q-Former needs image tokens, text tokens, or both")
-        images: Iterable[KeyValue | None] = image_keys_values or repeat(None)
+        images = repeat(None) if image_keys_values is None else image_keys_values
         if image_tokens is not None:
             images = self.image_keys_values(image_tokens)
         keys_values = []

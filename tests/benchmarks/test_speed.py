@@ -3,8 +3,12 @@
 import json
 import sys
 
-from blip2_search.benchmarks import crops, indexing, int8, queries, tables
+import pytest
+
+from blip2_search.benchmarks import crops, indexing, int8, peak, queries, tables
+from blip2_search.retrieval.checkpoints import save_model
 from blip2_search.retrieval.engine import SearchEngine
+from tiny import draw
 
 
 def run(main, monkeypatch, *arguments):
@@ -71,3 +75,25 @@ def test_crops_are_the_same_each_time(photos, tmp_path, monkeypatch):
     assert len(one) == 20
     assert [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
     assert len({file.read_bytes() for file in one}) == 20
+
+
+def test_peak(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(peak, "LASTING", 0.01)
+    save_model(tiny_model, tmp_path / "model")
+    out = tmp_path / "out.json"
+    run(
+        peak.main, monkeypatch, "--model", tmp_path / "model", "--device", "cpu", "--pairs", 5,
+        "--out", out,
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    flops = {name: work["flops"] for name, work in found["works"].items()}
+    assert flops[tables.PEAK] == 2 * peak.SIDE**3
+    # What keeping saves: keys and values of the image tokens, in each layer that looks at them.
+    config, positions = tiny_model.config, tiny_model.image_tokens([draw("red", "bar")]).shape[1]
+    looking = sum(layer.cross_attention is not None for layer in tiny_model.qformer.layers)
+    saved = flops["a text, candidates"] - flops["a text, candidates, keys and values kept"]
+    width, depth = config.qformer.hidden_size, config.qformer.image_token_size
+    assert saved == looking * 2 * 2 * positions * depth * width
+    assert 0 < tables.share_of_peak(found["works"], "an image, texts") < 1
+    assert tables.share_of_peak(found["works"], tables.PEAK) == pytest.approx(1)
+    assert tables.peak_table(found).count("\n") == 6
