@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..retrieval.config import EncoderConfig, ModelConfig, QFormerConfig
@@ -28,7 +25,7 @@ from ..retrieval.model import RetrievalModel
 from ..retrieval.names import DEFAULT_MODEL
 from ..retrieval.own_format import EMBEDDED, load_tokenizer
 from .inference import TEXT, Job, alternate
-from .tables import PEAK, share_of_peak
+from .tables import PEAK, peak_table
 
 PUBLISHED_SIZE = "vit-g"
 SIDE = 4096  # of the matrices
@@ -142,21 +139,9 @@ def main() -> None:
             model, args.images or (128 if on_gpu else 2), args.pairs or model.pairs_at_once
         ),
     }
-    _print(report)
+    print(peak_table(report))
     if args.out:
         args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def _print(report: dict[str, Any]) -> None:
-    title = f"{report['model']}, {report['device']}, {report['dtype']}"
-    table = Table("", "a second", "GFLOP each", "TFLOP/s", "share of peak", title=title)
-    for name, work in report["works"].items():
-        rate = 1 / statistics.median(work["seconds"])
-        table.add_row(
-            name, f"{rate:,.1f}", f"{work['flops'] / 1e9:,.1f}",
-            f"{rate * work['flops'] / 1e12:.3f}", f"{share_of_peak(report['works'], name):.0%}",
-        )  # fmt: skip
-    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -131,10 +131,12 @@ PEAK = "one large matrix product"  # what the works of `peak` are held against
 
 def peak_table(result: dict[str, Any]) -> str:
     """Return images and pairs a second, and how near to the peak that is, as a table in Markdown."""
-    lines = ["| | a second | GFLOP each | share of peak |", "|---" * 4 + "|"]
+    lines = ["| | a second | GFLOP each | TFLOP/s | share of peak |", "|---" * 5 + "|"]
     for name, work in result["works"].items():
         rate, share = 1 / statistics.median(work["seconds"]), share_of_peak(result["works"], name)
-        lines.append(f"| {name} | {rate:,.1f} | {work['flops'] / 1e9:,.1f} | {share:.0%} |")
+        values = [f"{rate:,.1f}", f"{work['flops'] / 1e9:,.1f}"]
+        values += [f"{rate * work['flops'] / 1e12:.3f}", f"{share:.0%}"]
+        lines.append(f"| {name} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
